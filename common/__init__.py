@@ -1,0 +1,1 @@
+"""What the five scripts share and none of the four papers claims."""

@@ -1,0 +1,115 @@
+"""The command line that all scripts share: same names, order, meaning; defaults equal if possible.
+
+A default of None means "by dataset": the script's recipe fills it in, see `fill_from_recipe`.
+"""
+
+import argparse
+import sys
+
+from .datasets import DATASETS
+from .errors import UserError
+
+
+def number(kind, low, high=float("inf"), open_low=False):
+    """An argparse type: a number of `kind` (int or float) from `low` to `high`.
+
+    open_low: `low` itself is refused.
+    """
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (open_low and value == low):
+            bounds = f"above {low}" if open_low else f"at least {low}"
+            bounds += f" and at most {high}" if high < float("inf") else ""
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not {text!r}")
+        return value
+
+    return parse
+
+
+def build_parser(docstring, method_help, fusions, experiments):
+    """The parser with every shared flag; a script adds its own knobs to it."""
+    parser = argparse.ArgumentParser(
+        description=docstring,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--dataset", choices=list(DATASETS), default="digits", help="default: %(default)s")
+    add("--data-root", default="data", metavar="DIR", help="where datasets lie (%(default)s)")
+    add("--data-seed", type=int, default=0, metavar="N", help="split, colors, pairing (0)")
+    add("--train-samples", type=number(int, 1), metavar="N", help="cap, other splits in proportion")
+    for dial, defaults in dials().items():
+        flag = "--" + dial.replace("_", "-")
+        add(flag, type=DIAL_TYPES[dial], metavar="X", help=f"{DIAL_HELP[dial]} ({defaults})")
+    add("--method", nargs="+", metavar="NAME", help=method_help)
+    add("--fusion", choices=fusions, help=f"default: {fusions[0]}")
+    if experiments:
+        add("--experiment", choices=experiments, help="a table or figure of the paper")
+    add("--epochs", type=number(int, 1), metavar="N", help="default: by dataset")
+    add("--batch-size", type=number(int, 1), metavar="N", help="default: by dataset")
+    add("--optimizer", choices=["sgd", "adam", "adagrad"], default="sgd", help="%(default)s")
+    add("--lr", type=number(float, 0, open_low=True), metavar="X", help="default: by dataset")
+    add("--weight-decay", type=number(float, 0), metavar="X", help="default: by dataset")
+    add("--schedule", choices=["none", "step", "cosine"], help="default: by dataset")
+    add("--seeds", type=number(int, 0), nargs="+", default=[0], metavar="N", help="default: 0")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="%(default)s")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="%(default)s")
+    add("--out", default="runs", metavar="DIR", help="where runs are written (%(default)s)")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with unfinished runs")
+    existing.add_argument("--overwrite", action="store_true", help="replace existing runs")
+    existing.add_argument("--eval-only", action="store_true", help="test the saved checkpoints")
+    return parser
+
+
+DIAL_TYPES = {
+    "color_variance": number(float, 0),
+    "visual_energy": number(float, 0, 1, open_low=True),
+    "audio_snr": number(float, -float("inf"), open_low=True),
+}
+DIAL_HELP = {
+    "color_variance": "variance of the colors",
+    "visual_energy": "share of the images' PCA energy kept, 1 is clean",
+    "audio_snr": "signal-to-noise ratio in dB, inf is clean",
+}
+
+
+def dials():
+    """Every dial of every dataset, in order, with a note of its defaults."""
+    notes = {}
+    for name, dataset in DATASETS.items():
+        for dial, default in dataset.dials.items():
+            notes.setdefault(dial, []).append(f"{name} {default}")
+    return {dial: ", ".join(notes) for dial, notes in notes.items()}
+
+
+def fill_from_recipe(parser, args, recipe):
+    """Replace None by the dataset's or the recipe's default; returns the defaults of all flags.
+
+    recipe: flag -> default for `args.dataset`; it may set the dataset's own dials too.
+    """
+    own_dials = DATASETS[args.dataset].dials
+    foreign = [d for d in dials() if getattr(args, d) is not None and d not in own_dials]
+    if foreign:
+        flags = ", ".join("--" + dial.replace("_", "-") for dial in foreign)
+        raise UserError(f"The dataset {args.dataset} has no dial {flags}; leave it out.")
+    defaults = {name: parser.get_default(name) for name in vars(args)} | own_dials | recipe
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    return defaults
+
+
+def run_command(main):
+    """Call `main`; a UserError or Ctrl-C ends with one sentence on stderr, not with a traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command with --resume goes on from the last whole epoch")

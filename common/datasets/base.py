@@ -1,0 +1,95 @@
+"""Splits of a dataset that fits in memory: tensors on the device, a batch is an index into them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+
+class TensorSplit:
+    """Samples of one split, all on one device.
+
+    tensors: raw storage, name -> (N, ...); several samples share whatever `render` derives.
+    labels:  (N,) int64.
+    render:  turns raw rows, name -> (B, ...), into inputs, modality -> (B, C, H, W) float in
+             [0, 1] or any other range: every encoder starts with a BatchNorm of its input.
+    """
+
+    def __init__(self, tensors: dict, labels: torch.Tensor, render: Callable, index=None):
+        self.tensors, self.all_labels, self.render = tensors, labels, render
+        self.index = torch.arange(len(labels), device=labels.device) if index is None else index
+
+    def __len__(self):
+        return len(self.index)
+
+    @property
+    def labels(self):
+        """(len(self),) int64, in the order of `batches` without a generator."""
+        return self.all_labels[self.index]
+
+    def subset(self, positions):
+        """The samples at `positions` of this split; their `index` stays that of the parent."""
+        positions = torch.as_tensor(positions, device=self.index.device)
+        return TensorSplit(self.tensors, self.all_labels, self.render, self.index[positions])
+
+    def head(self, count):
+        """A split of the first `count` samples; the loaders store samples in random order."""
+        tensors = {name: tensor[:count] for name, tensor in self.tensors.items()}
+        return TensorSplit(tensors, self.all_labels[:count], self.render)
+
+    def to(self, device):
+        """The same split with its storage on `device`."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return TensorSplit(tensors, self.all_labels.to(device), self.render, self.index.to(device))
+
+    def batches(self, batch_size, generator=None, augment=False):
+        """Yield (inputs, labels, index), shuffled if a CPU `generator` is given.
+
+        inputs: modality -> (B, ...); labels, index: (B,) int64, index = position in the split
+        (of the parent for a `subset`). `augment` is for datasets with random transforms; the
+        in-memory ones have none.
+        """
+        order = self.index
+        if generator is not None:
+            order = order[torch.randperm(len(order), generator=generator).to(order.device)]
+        for index in order.split(batch_size):
+            rows = {name: tensor[index] for name, tensor in self.tensors.items()}
+            yield self.render(rows), self.all_labels[index], index
+
+
+@dataclass
+class Splits:
+    """Train, validation and test of one dataset.
+
+    val follows the test distribution; val_iid holds the same items under the training rule, where
+    the two differ (colors), and is `val` itself elsewhere.
+    """
+
+    train: TensorSplit
+    val: TensorSplit
+    val_iid: TensorSplit
+    test: TensorSplit
+    modalities: tuple[str, ...]
+    num_classes: int
+
+    NAMES = ("train", "val", "val_iid", "test")
+
+    @property
+    def sizes(self):
+        """Samples in each split."""
+        return {name: len(getattr(self, name)) for name in self.NAMES}
+
+    @property
+    def shapes(self):
+        """Shape of one input of each modality, e.g. {"gray": (1, 28, 28)}."""
+        inputs, _, _ = next(iter(self.train.batches(1)))
+        return {modality: tuple(x.shape[1:]) for modality, x in inputs.items()}
+
+    def capped(self, train_samples):
+        """At most `train_samples` training samples, and the other splits in proportion."""
+        share = min(1.0, train_samples / len(self.train))
+        return self.map(lambda split: split.head(max(1, round(share * len(split)))))
+
+    def map(self, function):
+        """Apply `function` to every split."""
+        return replace(self, **{name: function(getattr(self, name)) for name in self.NAMES})

@@ -1,0 +1,352 @@
+"""What every run needs around its algorithm: device, precision, optimizer, and the run folder.
+
+A run leaves behind config.json, metrics.jsonl, summary.json, predictions.npz, curves.png, last.pt
+and best.pt. Files are written beside and renamed, so a kill at any moment leaves whole ones, and
+`last.pt` is enough to go on: see `Run`.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from .errors import UserError
+
+# ---- Device, precision, optimizer ----
+
+
+def pick_device(name):
+    """`auto`, `cpu`, `cuda` or `mps` -> torch.device; UserError if this machine lacks it."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, present in available.items() if present)
+    if not available[name]:
+        raise UserError(f"PyTorch finds no {name} device on this machine; use --device cpu.")
+    return torch.device(name)
+
+
+def autocast(device, precision):
+    """Context for the network's forward pass: bfloat16 where safe, or nothing for fp32.
+
+    Losses, distances and running means stand outside of it and work on `.float()` values.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def build_optimizer(name, parameters, lr, weight_decay):
+    """SGD with momentum 0.9, Adam or AdaGrad with torch's other defaults."""
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
+    optimizers = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+    return optimizers[name](parameters, lr, weight_decay=weight_decay)
+
+
+def scheduled_lr(schedule, lr, epoch, epochs):
+    """Learning rate of `epoch` (from 0): `none`; `step` and `cosine` end at a tenth of `lr`.
+
+    step:   a tenth for the last 30 percent of the epochs, as in PMR's released code.
+    cosine: half a cosine from lr down to lr / 10.
+    """
+    if schedule == "step":
+        return lr if epoch < 0.7 * epochs else lr / 10
+    if schedule == "cosine":
+        return lr / 10 + 0.9 * lr * (1 + math.cos(math.pi * epoch / max(1, epochs - 1))) / 2
+    return lr
+
+
+def set_lr(optimizer, lr):
+    """Give every parameter group of `optimizer` the learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ---- Progress ----
+
+
+class Progress:
+    """A tqdm bar over the steps of a run, on stderr if that is a terminal.
+
+    After the first steps of a run that will take over a minute, one line says for how long.
+    """
+
+    FIRST_STEPS = 30
+
+    def __init__(self, label, epochs, steps_per_epoch, first_epoch=0):
+        self.label = label
+        total, done = epochs * steps_per_epoch, first_epoch * steps_per_epoch
+        self.bar = tqdm(
+            desc=label, total=total, initial=done, disable=not sys.stderr.isatty(), leave=False
+        )
+        self.steps_left = total - done
+        self.steps, self.start = 0, time.perf_counter()
+
+    def __call__(self, batches):
+        """Pass `batches` on, counting them."""
+        for batch in batches:
+            yield batch
+            self.bar.update()
+            self.steps += 1
+            if self.steps == self.FIRST_STEPS:
+                minutes = (time.perf_counter() - self.start) / self.steps * self.steps_left / 60
+                if minutes > 1:
+                    self.bar.write(f"{self.label}: about {minutes:.0f} min", file=sys.stderr)
+
+    def close(self):
+        self.bar.close()
+
+
+# ---- Run folder ----
+
+
+def write_atomically(path, write):
+    """Call `write` with a binary file beside `path`, then rename it to `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise UserError(
+            f"Cannot write {path} ({error}); what was saved before is whole. Make room or choose "
+            "another --out."
+        ) from error
+
+
+def write_json(path, value):
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); start again by --overwrite.") from error
+
+
+def environment(device):
+    """What the numbers may depend on besides the arguments: recorded, never compared."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
+    }
+
+
+def run_name(arguments, defaults):
+    """<method>[-<fusion>][-<knob>=<value> where not default]-seed<k>."""
+    parts = [arguments["method"]]
+    if arguments.get("fusion"):
+        parts.append(arguments["fusion"])
+    named = {"script", "dataset", "method", "fusion", "seed"}
+    for knob, value in arguments.items():
+        if knob not in named and value != defaults.get(knob):
+            parts.append(f"{knob.replace('_', '-')}={value}")
+    return "-".join([*parts, f"seed{arguments['seed']}"])
+
+
+class Run:
+    """One training run: its folder, its history and its checkpoints.
+
+    arguments: everything that decides the result; two runs are the same if these are equal.
+    defaults:  the values that the folder's name leaves out.
+
+    args:      the command line's out, resume, overwrite and eval_only.
+
+    A folder that holds a finished run of the same arguments gives `summary`; nothing is trained
+    again. One with an unfinished run is refused unless `resume`, one of other arguments always,
+    unless `overwrite`. Use:
+
+        run = Run(arguments, defaults, splits.sizes, device, args)
+        for epoch in range(run.start(state), epochs):    # state: name -> module or optimizer
+            ...
+            run.end_epoch(metrics, state)                # metrics["val"]["accuracy"] picks the best
+        run.finish(summary, predictions, curves)
+    """
+
+    FILES = (
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "predictions.npz",
+        "curves.png",
+        "last.pt",
+        "best.pt",
+    )
+
+    def __init__(self, arguments, defaults, sizes, device, args):
+        name = run_name(arguments, defaults)
+        self.folder = Path(args.out) / arguments["script"] / arguments["dataset"] / name
+        self.arguments, self.device = arguments, device
+        self.history, self.best, self.summary = [], None, None
+        self.seconds_before, self.sitting_start = 0.0, time.perf_counter()
+        if args.overwrite:
+            self.clear()
+        if (self.folder / "config.json").exists():
+            self.check_same_arguments()
+            if (self.folder / "summary.json").exists():
+                self.summary = read_json(self.folder / "summary.json")
+            elif not args.resume:
+                raise UserError(
+                    f"{self.folder} holds an unfinished run; go on with it by --resume or start "
+                    "again by --overwrite."
+                )
+        elif args.eval_only:
+            raise UserError(f"{self.folder} holds no run; train it first, without --eval-only.")
+        else:
+            self.create({"arguments": arguments, "sizes": sizes, **environment(device)})
+
+    def create(self, config):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"Cannot make the folder {self.folder} ({error}); choose another --out."
+            ) from error
+        write_json(self.folder / "config.json", config)
+
+    @property
+    def label(self):
+        return self.folder.name
+
+    def clear(self):
+        """Remove what an earlier run left in the folder, and nothing else."""
+        for name in self.FILES:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def check_same_arguments(self):
+        found = read_json(self.folder / "config.json").get("arguments", {})
+        differing = [
+            f"{key} {found.get(key)!r} there, {self.arguments.get(key)!r} here"
+            for key in sorted(found.keys() | self.arguments.keys())
+            if found.get(key) != self.arguments.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.folder} holds a run of another configuration ({'; '.join(differing)}); "
+                "replace it by --overwrite or choose another --out."
+            )
+
+    def read_checkpoint(self, name):
+        """The dict that `end_epoch` saved as `name` (last.pt or best.pt)."""
+        path = self.folder / name
+        if not path.exists():
+            raise UserError(f"{path} does not exist; train this run first, without --eval-only.")
+        try:
+            return torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # torch.load has no common class for its many failures
+            raise UserError(
+                f"{path} is damaged and cannot be loaded ({type(error).__name__}); start this run "
+                "again by --overwrite."
+            ) from error
+
+    def restore(self, state, name):
+        """Load checkpoint `name` (last.pt or best.pt) into `state`; returns the whole checkpoint.
+
+        state: name -> module or optimizer, all or some of those given to `end_epoch`.
+        """
+        path = self.folder / name
+        try:
+            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            for key, holder in state.items():
+                holder.load_state_dict(checkpoint["state"][key])
+        except Exception as error:  # a truncated file has many ways to fail
+            raise UserError(
+                f"{path} is missing, damaged or of another version ({type(error).__name__}); "
+                "start this run again by --overwrite."
+            ) from error
+        self.history, self.best = checkpoint["history"], checkpoint["best"]
+        self.seconds_before, self.sitting_start = checkpoint["seconds"], time.perf_counter()
+        return checkpoint
+
+    def start(self, state):
+        """The epoch to begin with: 0, or after that of last.pt, which is loaded into `state`."""
+        if not (self.folder / "last.pt").exists():
+            return 0
+        checkpoint = self.restore(state, "last.pt")
+        self.write_metrics()
+        return checkpoint["epoch"] + 1
+
+    @property
+    def seconds(self):
+        """Training time so far, in all the sittings of the run."""
+        return self.seconds_before + time.perf_counter() - self.sitting_start
+
+    def end_epoch(self, metrics, state):
+        """Add `metrics` to the history and save; best.pt is the first best validation epoch.
+
+        best.pt goes first: a kill between the two repeats this epoch, which writes it equal again.
+        """
+        epoch, score = len(self.history), metrics["val"]["accuracy"]
+        self.history.append({"epoch": epoch, **metrics})
+        improved = self.best is None or score > self.best["accuracy"]
+        if improved:
+            self.best = {"epoch": epoch, "accuracy": score}
+        checkpoint = {
+            "epoch": epoch,
+            "history": self.history,
+            "best": self.best,
+            "seconds": self.seconds,
+            "state": {key: holder.state_dict() for key, holder in state.items()},
+        }
+        for name in ("best.pt", "last.pt") if improved else ("last.pt",):
+            write_atomically(self.folder / name, lambda file: torch.save(checkpoint, file))
+        self.write_metrics()
+
+    def write_metrics(self):
+        """metrics.jsonl, always whole from the history that last.pt holds."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
+
+    def check_finite(self, loss):
+        """End the run with a sentence if an epoch's mean loss is NaN or infinite."""
+        if not math.isfinite(loss):
+            epoch = len(self.history)
+            kept = f"last.pt of epoch {epoch - 1} is kept" if epoch else "nothing was saved yet"
+            raise UserError(
+                f"The loss of {self.label} became {loss} in epoch {epoch}; {kept}. Try a lower "
+                "--lr."
+            )
+
+    def finish(self, summary, predictions, curves):
+        """Write predictions.npz, curves.png and, last of all, summary.json."""
+        write_atomically(
+            self.folder / "predictions.npz", lambda file: np.savez(file, **predictions)
+        )
+        plot_curves(self.folder / "curves.png", self.label, curves)
+        write_json(self.folder / "summary.json", summary)
+        self.summary = summary
+
+
+def plot_curves(path, title, panels):
+    """One panel for each entry of `panels`, y-label -> {legend: one value an epoch}."""
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
+        for label, values in curves.items():
+            axis.plot(range(1, len(values) + 1), values, label=label, marker=".")
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
