@@ -172,7 +172,7 @@ class MultimodalNet(nn.Module):
         return self.fusion(features), features
 
 
-def build_model(config, splits, device):
+def build_model(config, splits):
     """The network of a method, initialised from the run's seed."""
     seed_phase(config.seed, "initialisation")
     modalities = splits.modalities
@@ -181,19 +181,19 @@ def build_model(config, splits, device):
         modalities = (config.method.removeprefix("unimodal-"),)
     encoders = {m: build_encoder(config.dataset, splits.shapes[m]) for m in modalities}
     dims = {m: encoder.dim for m, encoder in encoders.items()}
-    model = MultimodalNet(encoders, fusion(dims, splits.num_classes))
-    return model.to(device, memory_format=torch.channels_last)
+    model = MultimodalNet(encoders, fusion(dims, config.num_classes))
+    return model.to(config.device, memory_format=torch.channels_last)
 
 
 # ---- Training ----
 
 
-def build_prototypes(model, splits, device):
+def build_prototypes(model, config):
     """One `Prototypes` for each modality, none for a single one: state of the run, not the net."""
     encoders = model.encoders.items() if len(model.encoders) > 1 else ()
     return nn.ModuleDict(
-        {m: Prototypes(splits.num_classes, encoder.dim) for m, encoder in encoders}
-    ).to(device)
+        {m: Prototypes(config.num_classes, encoder.dim) for m, encoder in encoders}
+    ).to(config.device)
 
 
 def draw_subset(splits, config):
@@ -203,11 +203,11 @@ def draw_subset(splits, config):
     return splits.train.subset(order[:size])
 
 
-def forward_split(model, split, config, device):
+def forward_split(model, split, config):
     """Logits, features and labels of a whole split, in evaluation mode and in float32."""
 
     def forward(inputs):
-        with autocast(device, config.precision):
+        with autocast(config.device, config.precision):
             logits, features = model(inputs)
         return {"logits": logits.float(), **{m: z.float() for m, z in features.items()}}
 
@@ -215,16 +215,18 @@ def forward_split(model, split, config, device):
     return collect(forward, split)
 
 
-def subset_means(model, subset, config, device, num_classes):
+def subset_means(model, subset, config):
     """Eq. (6) in every modality: modality -> (means, present)."""
-    outputs = forward_split(model, subset, config, device)
-    return {m: class_means(outputs[m], outputs["labels"], num_classes) for m in model.encoders}
+    outputs = forward_split(model, subset, config)
+    return {
+        m: class_means(outputs[m], outputs["labels"], config.num_classes) for m in model.encoders
+    }
 
 
-def train(run, model, splits, config, device):
+def train(run, model, splits, config):
     """Algorithm 1. `joint` and `unimodal-*` are the same loop with the cross-entropy alone."""
     subset = draw_subset(splits, config)
-    prototypes = build_prototypes(model, splits, device)
+    prototypes = build_prototypes(model, config)
     optimizer = build_optimizer(
         config.optimizer, model.parameters(), config.lr, config.weight_decay
     )
@@ -236,24 +238,24 @@ def train(run, model, splits, config, device):
         generator = seed_phase(config.seed, "train", epoch)
         set_lr(optimizer, scheduled_lr(config.schedule, config.lr, epoch, config.epochs))
         if prototypes:
-            means = subset_means(model, subset, config, device, splits.num_classes)
+            means = subset_means(model, subset, config)
             for m in prototypes:
                 prototypes[m].update(*means[m], config.momentum_epsilon)
         mu = config.mu if epoch < config.per_epochs else 0.0  # PER in the first E_r epochs
         batches = progress(splits.train.batches(config.batch_size, generator, augment=True))
-        training = train_epoch(model, prototypes, optimizer, batches, config, mu, device)
+        training = train_epoch(model, prototypes, optimizer, batches, config, mu)
         run.check_finite(training["loss"])
-        validation, _ = evaluate(model, splits.val, subset, config, device, splits.num_classes)
+        validation, _ = evaluate(model, splits.val, subset, config)
         run.end_epoch({"train": training, "val": validation}, state)
     progress.close()
 
 
-def train_epoch(model, prototypes, optimizer, batches, config, mu, device):
+def train_epoch(model, prototypes, optimizer, batches, config, mu):
     """One pass over the training data. Totals stay on the device until its end."""
     model.train()
-    totals = torch.zeros(4, device=device)  # samples, summed loss, correct, summed rho
+    totals = torch.zeros(4, device=config.device)  # samples, summed loss, correct, summed rho
     for inputs, labels, _ in batches:
-        with autocast(device, config.precision):
+        with autocast(config.device, config.precision):
             logits, features = model(inputs)
         loss, rho = training_loss(logits.float(), features, labels, prototypes, config, mu)
         optimizer.zero_grad()
@@ -281,21 +283,21 @@ def training_loss(logits, features, labels, prototypes, config, mu):
     return pmr_loss(loss, logits0, logits1, labels, known, config.alpha, mu, config.coefficients)
 
 
-def evaluate(model, split, subset, config, device, num_classes):
+def evaluate(model, split, subset, config):
     """Accuracies and macro-F1 of `split` in percent, and what it predicts, as arrays.
 
     Each modality is read out by its share of the logits (`head`), where the fusion has one, and by
     the nearest class mean of the subset under the present encoder (`prototype`); a modality
     trained alone by its own classifier (`alone`).
     """
-    outputs = forward_split(model, split, config, device)
+    outputs = forward_split(model, split, config)
     logits, labels = outputs["logits"], outputs["labels"]
     metrics = {"accuracy": accuracy(logits, labels), "macro_f1": macro_f1(logits, labels)}
     modalities = list(model.encoders)
     if len(modalities) == 1:
         metrics[modalities[0]] = {"alone": metrics["accuracy"]}
     else:
-        means = subset_means(model, subset, config, device, num_classes)
+        means = subset_means(model, subset, config)
         metrics |= {
             m: {"prototype": accuracy(prototype_logits(outputs[m], *means[m]), labels)}
             for m in modalities
@@ -309,7 +311,8 @@ def evaluate(model, split, subset, config, device, num_classes):
 
 def run_method(args, defaults, method, seed, splits, device):
     """Train and test one method with one seed; a finished run is reported, not trained again."""
-    config = SimpleNamespace(**{**vars(args), "method": method, "seed": seed})
+    chosen = {"method": method, "seed": seed, "device": device, "num_classes": splits.num_classes}
+    config = SimpleNamespace(**{**vars(args), **chosen})
     if method.startswith("unimodal-"):
         config.fusion = None
     if method == "pmr-no-per":
@@ -318,22 +321,22 @@ def run_method(args, defaults, method, seed, splits, device):
     run = Run(arguments, defaults, splits.sizes, device, args)
     if run.summary and not args.eval_only:
         return run.summary
-    model = build_model(config, splits, device)
+    model = build_model(config, splits)
     if args.eval_only:
-        return test(run, model, splits, config, device)[0]
-    train(run, model, splits, config, device)
-    summary, predictions = test(run, model, splits, config, device)
+        return test(run, model, splits, config)[0]
+    train(run, model, splits, config)
+    summary, predictions = test(run, model, splits, config)
     run.finish(summary, predictions, curves(run.history, list(model.encoders)))
     return summary
 
 
-def test(run, model, splits, config, device):
+def test(run, model, splits, config):
     """The summary: the test split read once, by the last network and the best on validation."""
     subset = draw_subset(splits, config)
     run.restore({"model": model}, "last.pt")
-    last, predictions = evaluate(model, splits.test, subset, config, device, splits.num_classes)
+    last, predictions = evaluate(model, splits.test, subset, config)
     run.restore({"model": model}, "best.pt")
-    best, _ = evaluate(model, splits.test, subset, config, device, splits.num_classes)
+    best, _ = evaluate(model, splits.test, subset, config)
     best_epoch = run.best["epoch"]
     summary = {
         **{key: run.arguments[key] for key in ("script", "dataset", "method", "fusion", "seed")},
@@ -380,7 +383,7 @@ PAPER = {
 RECIPES = {
     "digits": {**PAPER, "epochs": 20, "lr": 0.01, "schedule": "none"},
     "cg-mnist": {**PAPER, "epochs": 100},
-    "av-digits": {**PAPER, "epochs": 20, "lr": 0.01, "schedule": "none"},
+    "av-digits": {**PAPER, "epochs": 20, "lr": 0.01},
 }
 METHODS = ("pmr", "pmr-no-per", "joint")
 COMPARED = ("digits", "av-digits")  # small enough to compare methods when none is named

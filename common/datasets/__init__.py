@@ -23,7 +23,7 @@ class Dataset(NamedTuple):
 DATASETS = {
     "digits": Dataset(colored_digits.load_digits, {"color_variance": 0.03}),
     "cg-mnist": Dataset(colored_digits.load_cg_mnist, {"color_variance": 0.03}),
-    "av-digits": Dataset(av_digits.load, {"visual_energy": 0.25, "audio_snr": 0.0}),
+    "av-digits": Dataset(av_digits.load, {"visual_energy": 0.25, "audio_snr": -9.0}),
 }
 
 
