@@ -305,8 +305,8 @@ def evaluate(model, split, subset, config):
         with torch.no_grad(), suppress(NotImplementedError):
             for m, part in model.fusion.unimodal_logits(outputs).items():
                 metrics[m]["head"] = accuracy(part, labels)
-    predictions = {name: outputs[name].cpu().numpy() for name in ("index", "labels", "logits")}
-    return metrics, predictions
+    predictions = {"index": outputs["index"], "label": labels, "logits": logits}
+    return metrics, {name: tensor.cpu().numpy() for name, tensor in predictions.items()}
 
 
 def run_method(args, defaults, method, seed, splits, device):

@@ -98,6 +98,7 @@ def fill_from_recipe(parser, args, recipe):
     if foreign:
         flags = ", ".join("--" + dial.replace("_", "-") for dial in foreign)
         raise UserError(f"The dataset {args.dataset} has no dial {flags}; leave it out.")
+    args.seeds = list(dict.fromkeys(args.seeds))  # a seed named twice is still one run
     defaults = {name: parser.get_default(name) for name in vars(args)} | own_dials | recipe
     for name, default in defaults.items():
         if getattr(args, name) is None:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from .training import read_json, write_atomically, write_json
 
@@ -155,7 +156,10 @@ def run_experiment(main, argument_lists, folder, columns, pairs, title, paper=No
     record = {"title": title, "rows": table, "paired": differences, "runs": runs}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", record)
-    plot_bars(folder / "figure.png", title, table, next(iter(columns)))
+    figure = draw_bars(title, table, next(iter(columns)))
+    write_atomically(
+        folder / "figure.png", lambda file: figure.savefig(file, format="png", dpi=120)
+    )
     print(f"\n{title}\n\n{format_text(table)}\n")
     for row in differences:
         print(describe_difference(row))
@@ -163,32 +167,28 @@ def run_experiment(main, argument_lists, folder, columns, pairs, title, paper=No
     return {"runs": runs, "table": table}
 
 
-def plot_bars(path, title, rows, column):
+def draw_bars(title, rows, column):
     """Bars of `column` with its standard deviation, grouped by fusion; diamonds are the paper's."""
     rows = [row for row in rows if row[column]]
-    groups = list(dict.fromkeys(row["fusion"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    colors = {method: f"C{i % 10}" for i, method in enumerate(methods)}
     figure = Figure(figsize=(2 + 0.5 * len(rows), 4), layout="constrained")
     axis = figure.subplots()
-    ticks, labels, x = [], [], 0
-    for group in groups:
-        members = [row for row in rows if row["fusion"] == group]
-        for row in members:
-            value = row[column]
-            color = f"C{methods.index(row['method']) % 10}"
-            bar = axis.bar(x, value["mean"], 0.9, yerr=value["std"], color=color, capsize=3)
-            axis.bar_label(bar, [f"{value['mean']:.0f}"], label_type="center", color="white")
-            if row.get("paper") is not None:
-                axis.plot(x, float(row["paper"]), "kD", markersize=5)
-            x += 1
-        ticks.append(x - (len(members) + 1) / 2)
-        labels.append(group or "alone")
-        x += 0.6
-    handles = [axis.bar(0, 0, color=f"C{i % 10}") for i, _ in enumerate(methods)]
-    axis.legend(handles, methods, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    axis.set_xticks(ticks, labels)
+    ticks, x, last = {}, 0.0, None
+    for row in rows:
+        x += 1 if row["fusion"] == last else 1.6
+        last = row["fusion"]
+        mean, std = row[column]["mean"], row[column]["std"]
+        bar = axis.bar(x, mean, 0.9, yerr=std, color=colors[row["method"]], capsize=3)
+        axis.bar_label(bar, [f"{mean:.0f}"], label_type="center", color="white")
+        if row.get("paper") is not None:
+            axis.plot(x, row["paper"], "kD", markersize=5)
+        ticks.setdefault(row["fusion"] or "alone", []).append(x)
+    axis.set_xticks([sum(xs) / len(xs) for xs in ticks.values()], list(ticks))
     axis.set(ylabel=f"{column} accuracy (%)", title=title, ylim=(0, 105))
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    handles = [Patch(color=color) for color in colors.values()]
+    figure.legend(handles, methods, ncols=3, loc="outside lower center")
+    return figure
 
 
 # ---- Tables in the documents ----

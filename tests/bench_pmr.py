@@ -1,0 +1,304 @@
+"""Benchmark of pmr.py on cg-mnist (concat, batch 64, fp32): what PMR costs, and our data path.
+
+    python tests/bench_pmr.py --data-root DIR            # about four minutes on an idle core
+    python tests/bench_pmr.py --data-root DIR --only a --device cuda
+
+(a) PMR step / joint step. A step is forward, loss, backward and optimizer step on batches that are
+    already drawn, so that nothing dilutes the difference. PCE and PER are both active: in every
+    step beta or gamma is checked to be above 0. The joint step is the cross-entropy and nothing
+    else; pmr.py's `joint` also watches rho, which would flatter the ratio.
+(b) The usual way / ours: joint training with loading. tests/plain_cg_mnist.py, a DataLoader over
+    PIL images, against pmr.py's `train_epoch`, which watches rho as in real runs. Both draw batches
+    from 50,000 shuffled images; layers and optimizer are the same. With two workers in wall time,
+    as CPU time is spread over processes; a turn starts when they idle with their queue full, as
+    amid an epoch when they are fast enough, and else to their advantage.
+(c) Prototypes from a tenth of the training data, computed once / an epoch of PMR training, which is
+    its number of steps times the time of a step with loading. (b) leaves the prototypes out.
+(d) Peak resident memory of `python pmr.py --dataset cg-mnist --method pmr --epochs 1` on the CPU, a
+    process that trains on the first 50 batches only but loads and evaluates all data.
+
+(a) to (c) are medians over `--pairs` of the ratio of two times that are taken in turn, in one
+process with one thread; who begins alternates. The clock is CPU time where no other is named.
+`--device cuda` adds to (a): times on the GPU, that no step waits for the GPU, and that the losses
+of 20 steps are those of the CPU.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["GOMP_SPINCOUNT"] = "0"
+
+import torch
+import torch.nn.functional as F
+
+import pmr
+from common.seeding import make_generator
+from common.training import autocast, build_optimizer
+from tests import plain_cg_mnist as plain
+
+CHUNK = 10  # batches of a turn in (b) and (c)
+IDLE_SECONDS = 0.5  # in which two workers fill their queue of four batches
+
+# ---- Measuring ----
+
+
+def interleave(first, second, pairs, turns=1, clock=time.process_time, before=lambda: None):
+    """Seconds of (`first`, `second`) in each pair, summed over its `turns`; one warm-up each."""
+    first(), second()
+    times = []
+    for _ in range(pairs):
+        seconds = {first: 0.0, second: 0.0}
+        for turn in range(len(times), len(times) + turns):
+            for function in (first, second) if turn % 2 == 0 else (second, first):
+                before()
+                start = clock()
+                function()
+                seconds[function] += clock() - start
+        times.append((seconds[first], seconds[second]))
+    return times
+
+
+def ratios(times):
+    return [first / second for first, second in times]
+
+
+def row(name, values, target=None, unit=""):
+    """A line of the table. target: ("<=" or ">=", bound) for the median of `values`."""
+    median, verdict = statistics.median(values), ""
+    if target:
+        verdict = "ok" if median == target[1] or (median < target[1]) == (target[0] == "<=") else ""
+        verdict = verdict or ("above" if target[0] == "<=" else "below")
+    spread = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
+    bound = f"{target[0]} {target[1]}{unit}" if target else ""
+    return [name, f"{median:.4g}{unit}", spread, bound, verdict]
+
+
+def print_table(rows):
+    rows = [["", "median", "range", "target", ""], *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        print("  ".join(padded).rstrip())
+
+
+# ---- Both sides ----
+
+
+class Ours:
+    """A run of pmr.py before its first step, made by pmr.py's own functions."""
+
+    def __init__(self, data_root, method, device="cpu"):
+        argv = ["--dataset", "cg-mnist", "--data-root", data_root, "--fusion", "concat"]
+        args, _ = pmr.parse_args([*argv, "--method", method, "--device", device])
+        device = torch.device(device)
+        self.splits = pmr.load_splits(args, device)
+        chosen = {"method": method, "seed": 0, "device": device, "num_classes": 10}
+        self.config = config = SimpleNamespace(**{**vars(args), **chosen})
+        self.model = pmr.build_model(config, self.splits)
+        self.optimizer = build_optimizer(
+            config.optimizer, self.model.parameters(), config.lr, config.weight_decay
+        )
+        self.subset = pmr.draw_subset(self.splits, config)
+        self.prototypes = pmr.build_prototypes(self.model, config)
+        for m, means in self.subset_means().items():
+            self.prototypes[m].update(*means, config.momentum_epsilon)
+        self.model.train()
+
+    def subset_means(self):
+        return pmr.subset_means(self.model, self.subset, self.config)
+
+    def batches(self):
+        """One epoch of batches, the same on every device."""
+        generator = make_generator("benchmark")
+        return self.splits.train.batches(self.config.batch_size, generator, augment=True)
+
+    def train(self, batches):
+        """A chunk of `batches` through pmr.py's own loop."""
+        rest = (self.config, self.config.mu)
+        pmr.train_epoch(self.model, self.prototypes, self.optimizer, islice(batches, CHUNK), *rest)
+
+    def step(self, batch, joint=False):
+        """One step as in `train_epoch`: loss and rho. joint: the cross-entropy and nothing else."""
+        inputs, labels, _ = batch
+        with autocast(self.config.device, self.config.precision):
+            logits, features = self.model(inputs)
+        if joint:
+            loss, rho = F.cross_entropy(logits.float(), labels), None
+        else:
+            rest = (self.prototypes, self.config, self.config.mu)
+            loss, rho = pmr.training_loss(logits.float(), features, labels, *rest)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), rho
+
+
+def endless(epoch):
+    """Batches of epoch after epoch; `epoch` returns an iterable over one."""
+    while True:
+        yield from epoch()
+
+
+# ---- (a) to (d) ----
+
+
+def step_times(ours, pairs, turns, steps=1, clock=time.process_time):
+    """Milliseconds of a PMR step and of a joint step, in pairs, over the same batches."""
+    drawn = list(islice(ours.batches(), 50))
+    batches = {"pmr": cycle(drawn), "joint": cycle(drawn)}
+    rhos = []
+
+    def pmr_steps():
+        rhos.extend(ours.step(batch)[1] for batch in islice(batches["pmr"], steps))
+
+    def joint_steps():
+        for batch in islice(batches["joint"], steps):
+            ours.step(batch, joint=True)
+
+    times = interleave(pmr_steps, joint_steps, pairs, turns, clock)
+    beta, gamma = pmr.coefficients(torch.stack(rhos), ours.config.coefficients)
+    assert ours.config.alpha > 0 and ours.config.mu > 0
+    assert (torch.maximum(beta, gamma) > 0).all(), "PMR was not active in every step"
+    return [[1000 * seconds / turns / steps for seconds in pair] for pair in times]
+
+
+def measure_steps(options):
+    """(a) on the CPU."""
+    times = step_times(Ours(options.data_root, "pmr"), options.pairs, turns=10)
+    pmr_ms, joint_ms = (list(side) for side in zip(*times, strict=True))
+    return [
+        row("(a) PMR step / joint step", ratios(times), ("<=", 1.03)),
+        row("(a) PMR step", pmr_ms, unit=" ms"),
+        row("(a) joint step", joint_ms, unit=" ms"),
+    ]
+
+
+def measure_steps_on_gpu(options):
+    """(a) on the GPU."""
+    cpu, gpu = (Ours(options.data_root, "pmr", device) for device in ("cpu", "cuda"))
+    losses = [[run.step(b)[0].item() for b in islice(run.batches(), 20)] for run in (cpu, gpu)]
+    difference = max(abs(on_cpu - on_gpu) for on_cpu, on_gpu in zip(*losses, strict=True))
+
+    batches = gpu.batches()
+    next(batches)  # the order of the epoch is copied to the GPU here, once, and that waits
+    torch.cuda.set_sync_debug_mode("error")
+    for batch in islice(batches, 5):
+        gpu.step(batch)
+    torch.cuda.set_sync_debug_mode("default")
+    print("(a) cuda: no step waited for the GPU, drawing its batch included")
+
+    def clock():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    times = step_times(gpu, options.pairs, turns=1, steps=50, clock=clock)
+    pmr_ms, joint_ms = (list(side) for side in zip(*times, strict=True))
+    return [
+        row("(a) PMR step / joint step, cuda, wall time", ratios(times)),
+        row("(a) PMR step, cuda, wall time", pmr_ms, unit=" ms"),
+        row("(a) joint step, cuda, wall time", joint_ms, unit=" ms"),
+        row("(a) largest |loss on cuda - on CPU| of 20 steps", [difference], ("<=", 1e-3)),
+    ]
+
+
+def measure_usual_way(options, workers, clock):
+    """(b)"""
+    ours = Ours(options.data_root, "joint")
+    config, model = ours.config, plain.TwoBranchNet()
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (model, ours.model)]
+    assert sizes[0] == sizes[1], f"not the same network: {sizes} parameters"
+    # As in the comparator's main, with pmr.py's recipe.
+    decay = config.weight_decay
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=decay)
+    colors = torch.rand(60_000, 3, generator=make_generator("benchmark")).numpy()
+    images = len(ours.splits.train)
+    loader = plain.make_loader(options.data_root, colors, config.batch_size, workers, limit=images)
+    usual, batches = endless(partial(iter, loader)), endless(ours.batches)
+
+    def train_usual():
+        plain.train_epoch(model, islice(usual, CHUNK), optimizer, config.device)
+
+    wait = partial(time.sleep, IDLE_SECONDS if workers else 0)
+    train_ours = partial(ours.train, batches)
+    times = interleave(train_usual, train_ours, options.pairs, clock=clock, before=wait)
+    name = f"(b) usual way / ours, {workers} workers" + (", wall time" if workers else "")
+    return [row(name, ratios(times), (">=", 1.3))]
+
+
+def measure_prototypes(options):
+    """(c)"""
+    ours = Ours(options.data_root, "pmr")
+    train = partial(ours.train, endless(ours.batches))
+    times = interleave(ours.subset_means, train, options.pairs)
+    chunks = len(ours.splits.train) / ours.config.batch_size / CHUNK  # in an epoch
+    shares = [ratio / chunks for ratio in ratios(times)]
+    return [row("(c) prototypes / training epoch", shares, ("<=", 0.05))]
+
+
+SHORT_RUN = """
+import resource, sys
+from itertools import islice
+import pmr
+train_epoch = pmr.train_epoch
+pmr.train_epoch = lambda model, prototypes, optimizer, batches, *rest: train_epoch(
+    model, prototypes, optimizer, islice(batches, 50), *rest)
+pmr.main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def measure_memory(options):
+    """(d) To be first: Linux starts a child's ru_maxrss at the peak that its parent had so far."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    python = [sys.executable, "-c", SHORT_RUN]
+    flags = ["--dataset", "cg-mnist", "--method", "pmr", "--epochs", "1", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(pmr.__file__).parent)}
+    with tempfile.TemporaryDirectory() as out:
+        folders = ["--data-root", options.data_root, "--out", out]
+        output = subprocess.check_output([*python, *flags, *folders], env=environment, text=True)
+    kibibytes = int(output.split()[-1])
+    assert kibibytes > before, "this process has had more memory than the run that it measures"
+    return [row("(d) peak resident memory", [1024 * kibibytes / 1e9], ("<=", 1.5), " GB")]
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--data-root", default="data", metavar="DIR", help="folder above MNIST")
+    parser.add_argument("--pairs", type=int, default=20, metavar="N", help="%(default)s")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="%(default)s")
+    parser.add_argument("--only", choices=["a", "b", "c", "d"], help="default: all four")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = [
+        ("d", measure_memory),  # first, see there
+        ("a", measure_steps),
+        ("b", partial(measure_usual_way, workers=0, clock=time.process_time)),
+        ("b", partial(measure_usual_way, workers=2, clock=time.perf_counter)),
+        ("c", measure_prototypes),
+    ]
+    if options.device == "cuda":
+        parts.insert(2, ("a", measure_steps_on_gpu))
+    rows = []
+    for name, part in parts:
+        if options.only in (None, name):
+            rows += part(options)
+    print(f"\ntorch {torch.__version__}, one thread, {options.pairs} pairs\n")
+    print_table(sorted(rows, key=lambda cells: cells[0][:3]))
+
+
+if __name__ == "__main__":
+    main()

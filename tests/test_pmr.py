@@ -1,0 +1,378 @@
+"""pmr.py from its command line: every option, what it writes, and what it says to bad input."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import pmr
+from common.datasets import DATASETS, TensorSplit
+from common.datasets.base import Splits
+from common.errors import UserError
+from common.fusion import FUSIONS
+from common.metrics import accuracy
+
+MODALITIES = {
+    "digits": ("gray", "color"),
+    "cg-mnist": ("gray", "color"),
+    "av-digits": ("audio", "visual"),
+}
+TINY = ["--train-samples", "40", "--epochs", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load_each_dataset_once():
+    """Loading is tested in test_datasets.py; here it would only take time."""
+    original = pmr.load_dataset
+    pmr.load_dataset = functools.cache(original)
+    yield
+    pmr.load_dataset = original
+
+
+@pytest.fixture
+def run(tmp_path, data_root):
+    """Run pmr.main on a tiny part of the data, with runs in a temporary folder."""
+
+    def call(*argv):
+        tiny = [] if "--train-samples" in argv else TINY
+        return pmr.main([*tiny, "--out", str(tmp_path), "--data-root", str(data_root), *argv])
+
+    return call
+
+
+def folder_of(tmp_path, summary):
+    """The folder of the run that ended last with `summary`'s method."""
+    folders = tmp_path.glob(f"pmr/*/{summary['method']}-*")
+    return max(folders, key=lambda folder: (folder / "summary.json").stat().st_mtime_ns)
+
+
+# ---- Every method, fusion, dataset, optimizer, and every other choice ----
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad"])
+@pytest.mark.parametrize(
+    "dataset",
+    ["digits", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cg-mnist", "av-digits"))],
+)
+@pytest.mark.parametrize("fusion", list(FUSIONS))
+def test_every_method_fusion_dataset_and_optimizer(run, require, fusion, dataset, optimizer):
+    require(dataset)
+    methods = list(pmr.METHODS)
+    if fusion == "concat":
+        methods += [f"unimodal-{m}" for m in MODALITIES[dataset]]
+    arguments = ["--dataset", dataset, "--fusion", fusion, "--optimizer", optimizer]
+    result = run(*arguments, "--method", *methods)
+    assert [summary["method"] for summary in result["runs"]] == methods
+    for summary in result["runs"]:
+        test = summary["test"]
+        if summary["method"].startswith("unimodal-"):
+            assert test[summary["method"].removeprefix("unimodal-")] == {"alone": test["accuracy"]}
+            continue
+        assert summary["rho"] > 0
+        reads = {"prototype", "head"} if fusion in ("sum", "concat") else {"prototype"}
+        assert all(test[m].keys() == reads for m in MODALITIES[dataset])
+
+
+def test_every_dataset_is_tested_here():
+    assert set(MODALITIES) == set(DATASETS) == set(pmr.RECIPES)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("--coefficients", "binary"),
+        ("--coefficients", "clip"),
+        ("--schedule", "none"),
+        ("--schedule", "step"),
+        ("--schedule", "cosine"),
+        ("--precision", "bf16"),
+        ("--precision", "fp32"),
+        ("--device", "auto"),
+        ("--momentum-epsilon", "1"),
+        ("--subset-fraction", "1"),
+        ("--color-variance", "0"),
+        ("--batch-size", "1000"),
+        ("--data-seed", "5"),
+        ("--per-epochs", "0"),
+        ("--weight-decay", "0"),
+    ],
+)
+def test_every_other_choice(run, choice):
+    assert 0 <= run("--method", "pmr", *choice)["test"]["accuracy"] <= 100
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_there_or_a_sentence(run, device):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if available[device]:
+        assert run("--method", "pmr", "--device", device)["test"]["accuracy"] >= 0
+    else:
+        with pytest.raises(UserError, match=f"finds no {device} device"):
+            run("--method", "pmr", "--device", device)
+
+
+@pytest.mark.parametrize("mu", ["0", "0.01"])
+def test_a_class_missing_from_the_subset_trains_on(run, mu):
+    """Three samples cannot hold ten classes."""
+    summary = run("--method", "pmr", "--subset-fraction", "0.08", "--mu", mu, "--epochs", "2")
+    assert np.isfinite(summary["rho"])
+
+
+# ---- What the algorithm promises over a whole run ----
+
+
+def tensors(folder, name="last.pt"):
+    """Every tensor of a checkpoint by a dotted name."""
+    found = {}
+
+    def walk(prefix, value):
+        if isinstance(value, torch.Tensor):
+            found[prefix] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}", inner)
+
+    walk("", torch.load(folder / name, weights_only=True)["state"])
+    return found
+
+
+def test_alpha_and_mu_zero_equal_joint_training_bit_for_bit(run, tmp_path):
+    flags = ["--train-samples", "200", "--epochs", "3"]
+    joint = run("--method", "joint", *flags)
+    pmr_off = run("--method", "pmr", "--alpha", "0", "--mu", "0", *flags)
+    first, second = (tensors(folder_of(tmp_path, summary)) for summary in (joint, pmr_off))
+    assert first.keys() == second.keys() and len(first) > 50
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert joint["test"] == pmr_off["test"] and joint["rho"] == pmr_off["rho"]
+
+
+def test_pmr_without_per_is_pmr_with_mu_zero(run, tmp_path):
+    first = tensors(folder_of(tmp_path, run("--method", "pmr-no-per")))
+    second = tensors(folder_of(tmp_path, run("--method", "pmr", "--mu", "0")))
+    third = tensors(folder_of(tmp_path, run("--method", "pmr", "--seeds", "0", "--mu", "5")))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_per_stops_after_its_epochs(run, monkeypatch):
+    seen = []
+    original = pmr.pmr_loss
+
+    def spy(cross_entropy, logits0, logits1, labels, known, alpha, mu, rule):
+        seen.append(mu)
+        return original(cross_entropy, logits0, logits1, labels, known, alpha, mu, rule)
+
+    monkeypatch.setattr(pmr, "pmr_loss", spy)
+    run("--method", "pmr", "--epochs", "4", "--per-epochs", "3", "--mu", "0.5", "--seeds", "3")
+    assert seen == [0.5, 0.5, 0.5, 0.0]  # 40 samples: one step an epoch
+    _, defaults = pmr.parse_args(["--epochs", "12"])
+    assert defaults["per_epochs"] == 3  # the first fifth, rounded up
+
+
+def test_the_subset_is_a_fixed_tenth_of_the_training_data(run, monkeypatch):
+    seen = []
+    original = pmr.subset_means
+
+    def spy(model, subset, config):
+        seen.append(subset.index.tolist())
+        return original(model, subset, config)
+
+    monkeypatch.setattr(pmr, "subset_means", spy)
+    run("--method", "pmr", "--epochs", "2", "--train-samples", "200", "--seeds", "0", "1")
+    first, other = seen[0], seen[-1]
+    assert len(first) == len(set(first)) == 20 and max(first) < 200
+    half = len(seen) // 2
+    assert seen == [first] * half + [other] * half and first != other
+
+
+def test_prototypes_follow_eq_6_and_12_over_the_epochs(run, monkeypatch, tmp_path):
+    means = []
+    original = pmr.Prototypes.update
+
+    def spy(self, new, present, epsilon):
+        means.append(new.clone())
+        original(self, new, present, epsilon)
+
+    monkeypatch.setattr(pmr.Prototypes, "update", spy)
+    flags = ["--epochs", "3", "--subset-fraction", "1", "--momentum-epsilon", "0.3"]
+    summary = run("--method", "pmr", *flags)
+    gray = means[::2]
+    expected = 0.3 * (0.3 * gray[0] + 0.7 * gray[1]) + 0.7 * gray[2]
+    saved = tensors(folder_of(tmp_path, summary))[".prototypes.gray.centers"]
+    torch.testing.assert_close(saved, expected)
+
+
+def test_evaluation_and_prototypes_leave_the_network_as_it_is():
+    args, _ = pmr.parse_args(["--train-samples", "60"])
+    splits = pmr.load_splits(args, torch.device("cpu"))
+    chosen = {"method": "pmr", "seed": 0, "device": torch.device("cpu"), "num_classes": 10}
+    config = pmr.SimpleNamespace(**{**vars(args), **chosen})
+    model = pmr.build_model(config, splits)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pmr.evaluate(model, splits.val, splits.train, config)
+    pmr.subset_means(model, splits.train, config)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_training_never_reads_the_test_split(run, monkeypatch):
+    """Labels and inputs of the test split are read after the last epoch only."""
+    reads = []
+    original = TensorSplit.batches
+    test_split = pmr.load_splits(pmr.parse_args(TINY)[0], torch.device("cpu")).test
+
+    def spy(self, *args, **kwargs):
+        if self.all_labels.data_ptr() == test_split.all_labels.data_ptr():
+            reads.append(len(epochs))
+        return original(self, *args, **kwargs)
+
+    epochs = []
+    original_end = pmr.Run.end_epoch
+    monkeypatch.setattr(TensorSplit, "batches", spy)
+    monkeypatch.setattr(
+        pmr.Run, "end_epoch", lambda self, *a: (epochs.append(1), original_end(self, *a))
+    )
+    run("--method", "pmr", "--epochs", "3", "--device", "cpu", "--data-root", "data")
+    assert len(epochs) == 3
+    assert reads == [3, 3]  # once for the last network, once for the best
+
+
+# ---- What a run reports and leaves behind ----
+
+
+def test_predictions_and_summary_agree(run, tmp_path):
+    summary = run("--method", "joint", "--train-samples", "200", "--epochs", "2")
+    folder = folder_of(tmp_path, summary)
+    saved = np.load(folder / "predictions.npz")
+    logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["label"])
+    assert saved["index"].tolist() == list(range(len(labels)))
+    assert accuracy(logits, labels) == summary["test"]["accuracy"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+def test_the_default_is_a_comparison_with_a_table(run, capsys):
+    result = run()
+    methods = ["unimodal-gray", "unimodal-color", "joint", "pmr"]
+    assert [row["method"] for row in result["table"]] == methods
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^{method} ", out, re.MULTILINE) for method in methods)
+    assert re.search(r"^Runs: .*pmr/digits$", out, re.MULTILINE)
+
+
+def test_more_seeds_reuse_the_finished_run(run, tmp_path, monkeypatch):
+    run("--method", "joint")
+    trained = []
+    original = pmr.train
+    monkeypatch.setattr(pmr, "train", lambda *a: (trained.append(a[3].seed), original(*a)))
+    result = run("--method", "joint", "--seeds", "0", "1", "2", "1")
+    assert trained == [1, 2]
+    assert [summary["seed"] for summary in result["runs"]] == [0, 1, 2]
+    assert result["table"][0]["test"]["n"] == 3
+
+
+# ---- Bad input ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--dataset", "cifar"], "invalid choice: 'cifar'"),
+        (["--epochs", "0"], "must be a whole number at least 1, not '0'"),
+        (["--epochs", "2.5"], "must be a whole number at least 1, not '2.5'"),
+        (["--lr", "0"], "must be a number above 0, not '0'"),
+        (["--lr", "nan"], "must be a number above 0, not 'nan'"),
+        (["--alpha", "-1"], "must be a number at least 0, not '-1'"),
+        (["--momentum-epsilon", "2"], "must be a number at least 0 and at most 1, not '2'"),
+        (["--subset-fraction", "0"], "must be a number above 0 and at most 1, not '0'"),
+        (["--fusion", "mlp"], "invalid choice: 'mlp'"),
+        (["--resume", "--overwrite"], "not allowed with argument"),
+        (["--epoch", "3"], "unrecognized arguments"),
+    ],
+)
+def test_bad_flags_are_refused_by_name(run, capsys, argv, sentence):
+    with pytest.raises(SystemExit) as exit_info:
+        run(*argv)
+    assert exit_info.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--method", "ppmr"], "no method 'ppmr' for digits; choose from pmr, pmr-no-per, joint"),
+        (["--method", "unimodal-audio"], "unimodal-gray, unimodal-color"),
+        (["--audio-snr", "3"], "digits has no dial --audio-snr"),
+        (["--dataset", "av-digits", "--data-root", "/nowhere"], "data/prepare.py fsdd"),
+        (["--method", "joint", "--eval-only"], "holds no run; train it first"),
+    ],
+)
+def test_bad_requests_are_one_sentence(run, argv, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        run(*argv)
+
+
+def test_an_unwritable_folder_is_one_sentence(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"Cannot make the folder .*choose another --out"):
+        run("--method", "joint", "--out", str(tmp_path / "file"))
+
+
+def test_a_third_modality_is_refused(run, monkeypatch):
+    def load(root, data_seed, color_variance):
+        splits = DATASETS_DIGITS.load(root, data_seed, color_variance)
+        return Splits(**{**vars(splits), "modalities": ("gray", "color", "depth")})
+
+    DATASETS_DIGITS = DATASETS["digits"]
+    monkeypatch.setitem(DATASETS, "digits", DATASETS_DIGITS._replace(load=load))
+    with pytest.raises(UserError, match="compare two modalities; digits has 3"):
+        run("--method", "pmr", "--data-seed", "9")
+
+
+def test_the_command_line_gives_one_line_and_no_traceback(tmp_path):
+    command = [sys.executable, "pmr.py", "--dataset", "av-digits", "--data-root", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---- Table 1 ----
+
+
+def test_table1_writes_table_and_figure(run, tmp_path):
+    result = run("--experiment", "table1", "--seeds", "0", "1")
+    folder = tmp_path / "pmr" / "digits" / "table1"
+    record = json.loads((folder / "table.json").read_text())
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    expected = [("unimodal-gray", None), ("unimodal-color", None)]
+    expected += [(m, f) for f in FUSIONS for m in ("joint", "pmr-no-per", "pmr")]
+    assert [(row["method"], row["fusion"]) for row in record["rows"]] == expected
+    assert len(record["runs"]) == len(result["runs"]) == 2 * 14
+    assert {(row["method"], row["fusion"]) for row in record["paired"]} == {
+        (m, f) for m in ("pmr", "pmr-no-per") for f in FUSIONS
+    }
+
+
+def test_table1_can_be_restricted(run):
+    table = run("--experiment=table1", "--fusion", "sum", "--method", "joint", "pmr")["table"]
+    assert [(row["method"], row["fusion"]) for row in table] == [("joint", "sum"), ("pmr", "sum")]
+    only = run("--experiment", "table1", "--method", "unimodal-gray")["table"]
+    assert [row["method"] for row in only] == ["unimodal-gray"]
+
+
+def test_table1_shows_the_papers_numbers_on_the_papers_data(run, require):
+    require("cg-mnist")
+    result = run("--experiment", "table1", "--dataset", "cg-mnist", "--fusion", "film")
+    paper = {row["method"]: row["paper"] for row in result["table"]}
+    assert paper == {
+        "unimodal-gray": 99.3,
+        "unimodal-color": 60.4,
+        "joint": 60.0,
+        "pmr-no-per": None,
+        "pmr": 76.3,
+    }
