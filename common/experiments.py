@@ -13,10 +13,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
-from .training import read_json, write_atomically, write_json
+from .figures import draw_bars
+from .training import read_json, write_figure, write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -156,39 +154,12 @@ def run_experiment(main, argument_lists, folder, columns, pairs, title, paper=No
     record = {"title": title, "rows": table, "paired": differences, "runs": runs}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", record)
-    figure = draw_bars(title, table, next(iter(columns)))
-    write_atomically(
-        folder / "figure.png", lambda file: figure.savefig(file, format="png", dpi=120)
-    )
+    write_figure(folder / "figure.png", draw_bars(title, table, next(iter(columns))))
     print(f"\n{title}\n\n{format_text(table)}\n")
     for row in differences:
         print(describe_difference(row))
     print(f"\nTable and figure: {folder}")
     return {"runs": runs, "table": table}
-
-
-def draw_bars(title, rows, column):
-    """Bars of `column` with its standard deviation, grouped by fusion; diamonds are the paper's."""
-    rows = [row for row in rows if row[column]]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    colors = {method: f"C{i % 10}" for i, method in enumerate(methods)}
-    figure = Figure(figsize=(2 + 0.5 * len(rows), 4), layout="constrained")
-    axis = figure.subplots()
-    ticks, x, last = {}, 0.0, None
-    for row in rows:
-        x += 1 if row["fusion"] == last else 1.6
-        last = row["fusion"]
-        mean, std = row[column]["mean"], row[column]["std"]
-        bar = axis.bar(x, mean, 0.9, yerr=std, color=colors[row["method"]], capsize=3)
-        axis.bar_label(bar, [f"{mean:.0f}"], label_type="center", color="white")
-        if row.get("paper") is not None:
-            axis.plot(x, row["paper"], "kD", markersize=5)
-        ticks.setdefault(row["fusion"] or "alone", []).append(x)
-    axis.set_xticks([sum(xs) / len(xs) for xs in ticks.values()], list(ticks))
-    axis.set(ylabel=f"{column} accuracy (%)", title=title, ylim=(0, 105))
-    handles = [Patch(color=color) for color in colors.values()]
-    figure.legend(handles, methods, ncols=3, loc="outside lower center")
-    return figure
 
 
 # ---- Tables in the documents ----

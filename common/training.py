@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .errors import UserError
+from .figures import draw_curves
 
 # ---- Device, precision, optimizer ----
 
@@ -127,6 +127,10 @@ def write_atomically(path, write):
 
 def write_json(path, value):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def write_figure(path, figure):
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def read_json(path):
@@ -333,20 +337,6 @@ class Run:
         write_atomically(
             self.folder / "predictions.npz", lambda file: np.savez(file, **predictions)
         )
-        plot_curves(self.folder / "curves.png", self.label, curves)
+        write_figure(self.folder / "curves.png", draw_curves(self.label, curves))
         write_json(self.folder / "summary.json", summary)
         self.summary = summary
-
-
-def plot_curves(path, title, panels):
-    """One panel for each entry of `panels`, y-label -> {legend: one value an epoch}."""
-    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
-        for label, values in curves.items():
-            axis.plot(range(1, len(values) + 1), values, label=label, marker=".")
-        axis.set(xlabel="epoch", ylabel=name)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.suptitle(title)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

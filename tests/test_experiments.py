@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from common import experiments
+from common import experiments, figures
 
 
 def make_run(method, seed, accuracy, fusion="concat"):
@@ -63,7 +63,7 @@ def test_text_and_markdown_tables():
 def test_the_figure_plots_the_values_of_the_table():
     rows = experiments.tabulate(RUNS, COLUMNS)
     rows[0]["paper"] = 61.0
-    (axis,) = experiments.draw_bars("title", rows, "test").axes
+    (axis,) = figures.draw_bars("title", rows, "test").axes
     assert [bar.get_height() for bar in axis.patches] == [52.0, 71.0, 40.0]
     assert [line.get_ydata()[0] for line in axis.lines if line.get_marker() == "D"] == [61.0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["concat", "alone"]
@@ -117,3 +117,11 @@ def test_rows_of_the_results_follow_from_their_runs(path):
     for pair in dict.fromkeys((row["method"], row["reference"]) for row in record["paired"]):
         again += experiments.paired_differences(record["runs"], *pair)
     assert record["paired"] == again
+
+
+def test_curves_plot_one_value_an_epoch():
+    panels = {"accuracy (%)": {"train": [10, 20], "validation": [5, 6]}, "rho": {"rho": [0.5, 1]}}
+    figure = figures.draw_curves("a run", panels)
+    drawn = [[list(line.get_ydata()) for line in axis.lines] for axis in figure.axes]
+    assert drawn == [[[10, 20], [5, 6]], [[0.5, 1]]]
+    assert list(figure.axes[0].lines[0].get_xdata()) == [1, 2]
