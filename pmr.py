@@ -244,8 +244,8 @@ def train(run, model, splits, config):
         mu = config.mu if epoch < config.per_epochs else 0.0  # PER in the first E_r epochs
         batches = progress(splits.train.batches(config.batch_size, generator, augment=True))
         training = train_epoch(model, prototypes, optimizer, batches, config, mu)
-        run.check_finite(training["loss"])
         validation, _ = evaluate(model, splits.val, subset, config)
+        run.check_finite(training["loss"] + validation["loss"])
         run.end_epoch({"train": training, "val": validation}, state)
     progress.close()
 
@@ -284,7 +284,7 @@ def training_loss(logits, features, labels, prototypes, config, mu):
 
 
 def evaluate(model, split, subset, config):
-    """Accuracies and macro-F1 of `split` in percent, and what it predicts, as arrays.
+    """Accuracies and macro-F1 of `split` in percent, its loss, and what it predicts, as arrays.
 
     Each modality is read out by its share of the logits (`head`), where the fusion has one, and by
     the nearest class mean of the subset under the present encoder (`prototype`); a modality
@@ -292,7 +292,11 @@ def evaluate(model, split, subset, config):
     """
     outputs = forward_split(model, split, config)
     logits, labels = outputs["logits"], outputs["labels"]
-    metrics = {"accuracy": accuracy(logits, labels), "macro_f1": macro_f1(logits, labels)}
+    metrics = {
+        "accuracy": accuracy(logits, labels),
+        "macro_f1": macro_f1(logits, labels),
+        "loss": F.cross_entropy(logits, labels).item(),
+    }
     modalities = list(model.encoders)
     if len(modalities) == 1:
         metrics[modalities[0]] = {"alone": metrics["accuracy"]}
@@ -319,7 +323,7 @@ def run_method(args, defaults, method, seed, splits, device):
         config.mu = 0.0
     arguments = {"script": "pmr", "seed": seed, **{k: getattr(config, k) for k in knobs_of(config)}}
     run = Run(arguments, defaults, splits.sizes, device, args)
-    if run.summary and not args.eval_only:
+    if run.summary is not None and not args.eval_only:
         return run.summary
     model = build_model(config, splits)
     if args.eval_only:
@@ -333,10 +337,10 @@ def run_method(args, defaults, method, seed, splits, device):
 def test(run, model, splits, config):
     """The summary: the test split read once, by the last network and the best on validation."""
     subset = draw_subset(splits, config)
-    run.restore({"model": model}, "last.pt")
-    last, predictions = evaluate(model, splits.test, subset, config)
     run.restore({"model": model}, "best.pt")
     best, _ = evaluate(model, splits.test, subset, config)
+    run.restore({"model": model}, "last.pt")
+    last, predictions = evaluate(model, splits.test, subset, config)
     best_epoch = run.best["epoch"]
     summary = {
         **{key: run.arguments[key] for key in ("script", "dataset", "method", "fusion", "seed")},

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from .figures import draw_bars
-from .training import read_json, write_figure, write_json
+from .training import make_folder, read_json, write_figure, write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -129,10 +129,15 @@ def without_flag(argv, flag):
     return kept
 
 
-def paper_numbers(name):
-    """Rows of results/paper/<name>.csv, (method, fusion) -> dict of its columns."""
+def paper_rows(name):
+    """The rows of results/paper/<name>.csv, numbers as the paper prints them."""
     with open(RESULTS / "paper" / f"{name}.csv", newline="") as file:
-        return {(row["method"], row["fusion"] or None): row for row in csv.DictReader(file)}
+        return list(csv.DictReader(file))
+
+
+def paper_numbers(name):
+    """The same by (method, fusion)."""
+    return {(row["method"], row["fusion"] or None): row for row in paper_rows(name)}
 
 
 def run_experiment(main, argument_lists, folder, columns, pairs, title, paper=None):
@@ -152,7 +157,7 @@ def run_experiment(main, argument_lists, folder, columns, pairs, title, paper=No
             row["paper"] = paper.get((row["method"], row["fusion"]))
     differences = [row for pair in pairs for row in paired_differences(runs, *pair)]
     record = {"title": title, "rows": table, "paired": differences, "runs": runs}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / "table.json", record)
     write_figure(folder / "figure.png", draw_bars(title, table, next(iter(columns))))
     print(f"\n{title}\n\n{format_text(table)}\n")

@@ -20,10 +20,14 @@ def collect(forward, split, batch_size=256):
     """Run `forward` (inputs -> dict of (B, ...) tensors) over `split`, in order.
 
     Returns that dict with the batches put together, and `labels` and `index` (N,). Whoever calls
-    puts the network in evaluation mode.
+    puts the network in evaluation mode. The whole tensors are made at the first batch: lists of
+    small ones between the activations of large batches fragment the heap.
     """
-    parts = {"labels": [], "index": []}
+    whole, done = {}, 0
     for inputs, labels, index in split.batches(batch_size):
         for name, tensor in {**forward(inputs), "labels": labels, "index": index}.items():
-            parts.setdefault(name, []).append(tensor)
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+            if name not in whole:
+                whole[name] = tensor.new_empty(len(split), *tensor.shape[1:])
+            whole[name][done : done + len(labels)] = tensor
+        done += len(labels)
+    return whole

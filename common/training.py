@@ -46,10 +46,10 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def build_optimizer(name, parameters, lr, weight_decay):
-    """SGD with momentum 0.9, Adam or AdaGrad with torch's other defaults."""
+def build_optimizer(name, parameters, lr, weight_decay, momentum=0.9):
+    """SGD with `momentum`, Adam or AdaGrad with torch's other defaults."""
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
     optimizers = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
     return optimizers[name](parameters, lr, weight_decay=weight_decay)
 
@@ -111,6 +111,15 @@ class Progress:
 # ---- Run folder ----
 
 
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot make the folder {folder} ({error}); choose another --out."
+        ) from error
+
+
 def write_atomically(path, write):
     """Call `write` with a binary file beside `path`, then rename it to `path`."""
     temporary = path.with_name(path.name + ".tmp")
@@ -133,10 +142,12 @@ def write_figure(path, figure):
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def read_json(path):
+def read_json(path, key=None):
+    """The object in a JSON file, or its part `key`; UserError if it is not there or damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+        return dict(value[key] if key else value)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); start again by --overwrite.") from error
 
 
@@ -217,16 +228,16 @@ class Run:
                 )
         elif args.eval_only:
             raise UserError(f"{self.folder} holds no run; train it first, without --eval-only.")
+        elif any((self.folder / name).exists() for name in self.FILES):
+            raise UserError(
+                f"{self.folder} holds files of a run but no config.json that says of which; "
+                "replace them by --overwrite or choose another --out."
+            )
         else:
             self.create({"arguments": arguments, "sizes": sizes, **environment(device)})
 
     def create(self, config):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"Cannot make the folder {self.folder} ({error}); choose another --out."
-            ) from error
+        make_folder(self.folder)
         write_json(self.folder / "config.json", config)
 
     @property
@@ -234,12 +245,20 @@ class Run:
         return self.folder.name
 
     def clear(self):
-        """Remove what an earlier run left in the folder, and nothing else."""
-        for name in self.FILES:
-            (self.folder / name).unlink(missing_ok=True)
+        """Remove what an earlier run left in the folder, and nothing else.
+
+        config.json goes first: whatever a kill leaves here is then refused, not taken for a run.
+        """
+        try:
+            for name in self.FILES:
+                (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"Cannot clear the folder {self.folder} ({error}); choose another --out."
+            ) from error
 
     def check_same_arguments(self):
-        found = read_json(self.folder / "config.json").get("arguments", {})
+        found = read_json(self.folder / "config.json", key="arguments")
         differing = [
             f"{key} {found.get(key)!r} there, {self.arguments.get(key)!r} here"
             for key in sorted(found.keys() | self.arguments.keys())
@@ -251,21 +270,8 @@ class Run:
                 "replace it by --overwrite or choose another --out."
             )
 
-    def read_checkpoint(self, name):
-        """The dict that `end_epoch` saved as `name` (last.pt or best.pt)."""
-        path = self.folder / name
-        if not path.exists():
-            raise UserError(f"{path} does not exist; train this run first, without --eval-only.")
-        try:
-            return torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # torch.load has no common class for its many failures
-            raise UserError(
-                f"{path} is damaged and cannot be loaded ({type(error).__name__}); start this run "
-                "again by --overwrite."
-            ) from error
-
     def restore(self, state, name):
-        """Load checkpoint `name` (last.pt or best.pt) into `state`; returns the whole checkpoint.
+        """Load checkpoint `name` (last.pt or best.pt) into `state`; returns its epoch.
 
         state: name -> module or optimizer, all or some of those given to `end_epoch`.
         """
@@ -274,22 +280,22 @@ class Run:
             checkpoint = torch.load(path, map_location=self.device, weights_only=True)
             for key, holder in state.items():
                 holder.load_state_dict(checkpoint["state"][key])
+            self.history, self.best = checkpoint["history"], checkpoint["best"]
+            self.seconds_before, self.sitting_start = checkpoint["seconds"], time.perf_counter()
+            return checkpoint["epoch"]
         except Exception as error:  # a truncated file has many ways to fail
             raise UserError(
                 f"{path} is missing, damaged or of another version ({type(error).__name__}); "
                 "start this run again by --overwrite."
             ) from error
-        self.history, self.best = checkpoint["history"], checkpoint["best"]
-        self.seconds_before, self.sitting_start = checkpoint["seconds"], time.perf_counter()
-        return checkpoint
 
     def start(self, state):
         """The epoch to begin with: 0, or after that of last.pt, which is loaded into `state`."""
         if not (self.folder / "last.pt").exists():
             return 0
-        checkpoint = self.restore(state, "last.pt")
+        epoch = self.restore(state, "last.pt")
         self.write_metrics()
-        return checkpoint["epoch"] + 1
+        return epoch + 1
 
     @property
     def seconds(self):
@@ -323,7 +329,7 @@ class Run:
         write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
     def check_finite(self, loss):
-        """End the run with a sentence if an epoch's mean loss is NaN or infinite."""
+        """End the run with a sentence if a loss of the present epoch is NaN or infinite."""
         if not math.isfinite(loss):
             epoch = len(self.history)
             kept = f"last.pt of epoch {epoch - 1} is kept" if epoch else "nothing was saved yet"

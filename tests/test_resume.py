@@ -6,15 +6,26 @@ processes at random moments.
 
 import errno
 import io
+import json
 import random
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from test_training import assert_same, folder_of, load, read, start, wait_until, without_seconds
+from test_training import (
+    QuickFigure,
+    assert_same,
+    folder_of,
+    load,
+    read,
+    start,
+    wait_until,
+    without_seconds,
+)
 
 import pmr
 from common import training
@@ -52,17 +63,12 @@ class Killed(BaseException):
     """No handler of the code under test may catch this."""
 
 
-def panels_as_json(path, title, panels):
-    """Stands for `plot_curves`, which takes longer than the training here."""
-    training.write_json(path, panels)
-
-
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
     """method -> folder of its uninterrupted run."""
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "plot_curves", panels_as_json)
+        patch.setattr(training, "draw_curves", QuickFigure)
         for method in METHODS:
             out = tmp_path_factory.mktemp(method)
             train(out, method)
@@ -118,7 +124,7 @@ def part_of(write, share):
 def interrupt(out, method, kill, *how):
     """A run that dies where `kill(patch, *how)` says."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "plot_curves", panels_as_json)
+        patch.setattr(training, "draw_curves", QuickFigure)
         kill(patch, *how)
         with pytest.raises(Killed):
             train(out, method, "--resume")
@@ -127,7 +133,7 @@ def interrupt(out, method, kill, *how):
 @pytest.fixture
 def finish_run(monkeypatch):
     """Function that lets a run go on to its end and returns its folder."""
-    monkeypatch.setattr(training, "plot_curves", panels_as_json)
+    monkeypatch.setattr(training, "draw_curves", QuickFigure)
 
     def to_the_end(out, method, *flags):
         train(out, method, *flags)
@@ -144,7 +150,7 @@ PLACES = {
     "between best.pt and last.pt": (kill_at_write, "best.pt", "best", 1),
     "last.pt half written": (kill_at_write, "last.pt", 1, 0.5),
     "first last.pt half written": (kill_at_write, "last.pt", 0, 0.5),
-    "between last.pt and metrics.jsonl": (kill_at_write, "last.pt", 1, 1),
+    "between the last last.pt and metrics.jsonl": (kill_at_write, "last.pt", EPOCHS - 1, 1),
     "metrics.jsonl half written": (kill_at_write, "metrics.jsonl", 2, 0.5),
     "after the last epoch": (kill_at_write, "metrics.jsonl", EPOCHS, 1),
     "between predictions.npz and curves.png": (kill_at_write, "predictions.npz", EPOCHS, 1),
@@ -243,12 +249,12 @@ FLAGS = {
     "joint": ["--optimizer=adam"],
     "unimodal-gray": [],
 }
-KILLS = 3  # at least
+KILLS = 3
 
 
-def command(out, method, epochs=40):
-    flags = [*TINY, f"--epochs={epochs}", *FLAGS[method], "--method", method]
-    return ["pmr.py", *flags, "--out", str(out)]
+def words_of(method, out):
+    flags = ["--epochs=40", "--lr=0.02", *FLAGS[method], "--method", method]
+    return [*TINY, *flags, "--out", str(out / method)]
 
 
 def finish(process):
@@ -256,47 +262,61 @@ def finish(process):
     assert process.returncode == 0, errors
 
 
+def kill(process):
+    """SIGKILL; False if the process had already come to its end."""
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, -signal.SIGKILL), errors
+    return process.returncode != 0
+
+
 def files(out):
-    """Name -> time of change, or None while a file is just being renamed."""
+    """Path -> time of change, or None while a file is just being renamed."""
     try:
         return {path: path.stat().st_mtime_ns for path in out.glob("pmr/digits/*/*")}
     except FileNotFoundError:
         return None
 
 
-def kill_and_resume_to_the_end(words, out, moments, longest):
-    """Start, kill and resume until the run is finished; returns how often it was killed.
+UNINTERRUPTED = """
+import json, sys, pmr
+for words in json.loads(sys.argv[1]):
+    pmr.main(words)
+"""
 
-    Each sitting gets up to `longest` seconds from the first file that it changes: a fresh run
-    writes config.json and a resumed one metrics.jsonl as soon as torch is imported.
+
+def train_uninterrupted(out):
+    """All methods in one process, since importing torch takes longer than training here."""
+    finish(start("-c", UNINTERRUPTED, json.dumps([words_of(method, out) for method in METHODS])))
+    return {method: folder_of(out / method) for method in METHODS}
+
+
+def kill_at_random_moments(out, method, uninterrupted):
+    """Start, kill and resume, until killed KILLS times; then let the run finish."""
+    reference = uninterrupted.result()[method]
+    longest = torch.load(reference / "last.pt", weights_only=True)["seconds"] / KILLS
+    moments = random.Random(f"kills of {method}")
+    while count_kills(words_of(method, out), out / method, moments, longest) < KILLS:
+        shutil.rmtree(out / method)  # faster than the reference: it was over before the last kill
+        longest /= 3
+    finish(start("pmr.py", *words_of(method, out), "--resume"))
+    return folder_of(out / method)
+
+
+def count_kills(words, out, moments, longest):
+    """Kill KILLS sittings, or fewer if one finishes before.
+
+    Each gets up to `longest` seconds from the first file that it changes: a fresh run writes
+    config.json and a resumed one metrics.jsonl as soon as torch is imported.
     """
-    kills = 0
-    while True:
+    for count in range(KILLS):
         before = files(out)
-        process = start(*words, "--resume")
+        process = start("pmr.py", *words, "--resume")
         wait_until(lambda before=before: files(out) != before, process)
-        if kills > KILLS:
-            finish(process)
-            return kills
         time.sleep(moments.uniform(0, longest))
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
-        if process.returncode == 0:
-            return kills
-        assert process.returncode == -signal.SIGKILL, errors
-        kills += 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_process_killed_at_random_moments_and_resumed_leaves_the_same(tmp_path, method):
-    uninterrupted = start(*command(tmp_path / "whole", method))
-    out, moments, longest = tmp_path / "killed", random.Random(f"kills of {method}"), 1.0
-    while kill_and_resume_to_the_end(command(out, method), out, moments, longest) < KILLS:
-        shutil.rmtree(out)  # a fast machine: the run was over before it could be killed enough
-        longest /= 4
-    finish(uninterrupted)
-    assert_same_run(folder_of(out), folder_of(tmp_path / "whole"))
+        if not kill(process):
+            return count
+    return KILLS
 
 
 SLOW_SAVING = """
@@ -316,23 +336,45 @@ pmr.main(sys.argv[1:])
 """
 
 
-@pytest.mark.slow
-def test_process_killed_while_it_saves_and_resumed_leaves_the_same(tmp_path):
-    out = tmp_path / "killed"
-    words = command(out, "pmr", epochs=4)
-    uninterrupted = start(*command(tmp_path / "whole", "pmr", epochs=4))
-    for saving, whole in (("best.pt.tmp", ()), ("last.pt.tmp", ("last.pt", "best.pt"))):
-        process = start("-c", SLOW_SAVING, *words[1:], "--resume")
-        awaited = {saving, *whole}
-        wait_until(lambda awaited=awaited: awaited <= {p.name for p in files(out) or ()}, process)
-        time.sleep(0.3)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-        folder = folder_of(out)
-        assert (folder / saving).exists()
+def kill_while_saving(out):
+    """Kill at half of the first best.pt, then at half of a last.pt that replaces a whole one."""
+    words = words_of("pmr", out)
+    for half, whole in (("best.pt.tmp", set()), ("last.pt.tmp", {"last.pt", "best.pt"})):
+        process = start("-c", SLOW_SAVING, *words, "--resume")
+        awaited = {half, *whole}
+        wait_until(
+            lambda awaited=awaited: awaited <= {path.name for path in files(out / "pmr") or ()},
+            process,
+        )
+        assert kill(process)
+        folder = folder_of(out / "pmr")
+        assert (folder / half).exists()
         for name in whole:
             load(folder / name)
-    finish(start(*words, "--resume"))
-    finish(uninterrupted)
-    assert_same_run(folder, folder_of(tmp_path / "whole"))
+    finish(start("pmr.py", *words, "--resume"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Name -> future of the run's folder, two processes at a time."""
+    out = tmp_path_factory.mktemp("processes")
+    with ThreadPoolExecutor(2) as pool:
+        uninterrupted = pool.submit(train_uninterrupted, out / "uninterrupted")
+        saving = pool.submit(kill_while_saving, out / "saving")
+        random_moments = {
+            method: pool.submit(kill_at_random_moments, out / "random", method, uninterrupted)
+            for method in METHODS
+        }
+        yield {"uninterrupted": uninterrupted, "saving": saving, **random_moments}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_process_killed_at_random_moments_and_resumed_leaves_the_same(processes, method):
+    assert_same_run(processes[method].result(), processes["uninterrupted"].result()[method])
+
+
+@pytest.mark.slow
+def test_process_killed_while_it_saves_and_resumed_leaves_the_same(processes):
+    assert_same_run(processes["saving"].result(), processes["uninterrupted"].result()["pmr"])
