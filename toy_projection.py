@@ -56,23 +56,25 @@ def project(x, lines):
 class GroupedLinear(nn.Module):
     """R x G independent linear layers, (R, G, B, in) -> (R, G, B, out).
 
-    R is the axis of the runs, G that of the modalities that are kept apart. The last row of the
-    weight is the bias, so that each run's gradient is one matrix product of its own.
+    R is the axis of the runs, G that of the modalities that are kept apart.
     """
 
     def __init__(self, runs, groups, width_in, width_out):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(runs, groups, width_in + 1, width_out))
+        self.weight = nn.Parameter(torch.zeros(runs, groups, width_in, width_out))
+        self.bias = nn.Parameter(torch.zeros(runs, groups, 1, width_out))
 
     @torch.no_grad()
     def initialize(self, run, generator):
         """torch's default for Linear, Uniform(-1 / sqrt(in), 1 / sqrt(in)), for one run."""
-        weight = self.weight[run]
-        bound = 1 / math.sqrt(weight.shape[1] - 1)
-        weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
+        bound = 1 / math.sqrt(self.weight.shape[2])
+        for parameter in (self.weight[run], self.bias[run]):
+            draw = torch.rand(parameter.shape, generator=generator)
+            parameter.copy_((2 * draw - 1) * bound)
 
     def forward(self, x):
-        return F.pad(x, (0, 1), value=1.0) @ self.weight
+        weight, bias = self.weight.flatten(0, 1), self.bias.flatten(0, 1)
+        return torch.baddbmm(bias, x.flatten(0, 1), weight).unflatten(0, self.weight.shape[:2])
 
 
 class ToyNetwork(nn.Module):
