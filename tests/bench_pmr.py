@@ -25,6 +25,7 @@ of 20 steps are those of the CPU.
 """
 
 import argparse
+import json
 import os
 import resource
 import statistics
@@ -78,6 +79,9 @@ def ratios(times):
     return [first / second for first, second in times]
 
 
+ROWS = []  # what was reported, for --json
+
+
 def report(name, values, target=None, unit="", summary=statistics.median):
     """Print a line of the table. target: ("<=" or ">=", bound) for the `summary` of `values`."""
     value, bound, verdict = summary(values), "", ""
@@ -86,6 +90,8 @@ def report(name, values, target=None, unit="", summary=statistics.median):
         verdict = "ok" if {"<=": le, ">=": ge}[target[0]](value, target[1]) else "MISSED"
     spread = f"{min(values):.4g} to {max(values):.4g}"
     print(f"{name:47}{value:8.4g}{unit:4} {spread:20}{bound:11}{verdict}".rstrip(), flush=True)
+    row = {"measure": name, "value": f"{value:.4g}{unit}", "range": spread, "target": bound or "-"}
+    ROWS.append(row)
 
 
 # ---- Both sides ----
@@ -270,6 +276,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=20, metavar="N", help="%(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="%(default)s")
     parser.add_argument("--only", choices=["a", "b", "c", "d"], help="default: all four")
+    parser.add_argument("--json", metavar="FILE", help="write the table there too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = [
@@ -286,6 +293,8 @@ def main():
     for name, part in parts:
         if options.only in (None, name):
             part(options)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"rows": ROWS}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
