@@ -4,26 +4,31 @@ A default of None means "by dataset": the script's recipe fills it in, see `fill
 """
 
 import argparse
+import os
 import sys
 
 from .datasets import DATASETS
 from .errors import UserError
 
 
-def number(kind, low, high=float("inf"), open_low=False):
+def number(kind, low, high=None, open_low=False, infinite=False):
     """An argparse type: a number of `kind` (int or float) from `low` to `high`.
 
-    open_low: `low` itself is refused.
+    high:     None is a thousand million for int, anything finite for float.
+    open_low: `low` itself is refused; infinite: inf is accepted.
     """
+    largest = high or (10**9 if kind is int else sys.float_info.max)
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not low <= value <= high or (open_low and value == low):
+        accepted = low <= value <= largest or (infinite and value == float("inf"))
+        if not accepted or (open_low and value == low):
             bounds = f"above {low}" if open_low else f"at least {low}"
-            bounds += f" and at most {high}" if high < float("inf") else ""
+            if high or value > largest:
+                bounds += f" and at most {largest:g}"
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not {text!r}")
         return value
@@ -57,20 +62,22 @@ def build_parser(docstring, method_help, fusions, experiments):
     add("--weight-decay", type=number(float, 0), metavar="X", help="default: by dataset")
     add("--schedule", choices=["none", "step", "cosine"], help="default: by dataset")
     add("--seeds", type=number(int, 0), nargs="+", default=[0], metavar="N", help="default: 0")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="%(default)s")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="cuda or cpu")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="%(default)s")
     add("--out", default="runs", metavar="DIR", help="where runs are written (%(default)s)")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with unfinished runs")
     existing.add_argument("--overwrite", action="store_true", help="replace existing runs")
-    existing.add_argument("--eval-only", action="store_true", help="test the saved checkpoints")
+    existing.add_argument(
+        "--eval-only", action="store_true", help="test checkpoints, write nothing"
+    )
     return parser
 
 
 DIAL_TYPES = {
     "color_variance": number(float, 0),
     "visual_energy": number(float, 0, 1, open_low=True),
-    "audio_snr": number(float, -float("inf"), open_low=True),
+    "audio_snr": number(float, -100, infinite=True),
 }
 DIAL_HELP = {
     "color_variance": "variance of the colors",
@@ -110,7 +117,14 @@ def run_command(main):
     """Call `main`; a UserError or Ctrl-C ends with one sentence on stderr, not with a traceback."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a closed pipe or a full disk behind stdout; nothing more goes there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command with --resume goes on from the last whole epoch")
+        sys.exit(
+            "\ninterrupted; the same command with --resume (and without --overwrite) goes on from "
+            "the last whole epoch"
+        )

@@ -140,9 +140,10 @@ def paper_numbers(name):
     return {(row["method"], row["fusion"] or None): row for row in paper_rows(name)}
 
 
-def run_experiment(main, argument_lists, folder, columns, pairs, title, paper=None):
+def run_experiment(main, argument_lists, arguments, folder, columns, pairs, title, paper=None):
     """Run `main` on every argument list and write table.json and figure.png in `folder`.
 
+    arguments: what the table is of, written into table.json;
     columns: title -> dotted path; pairs: (method, reference) to compare seed by seed;
     paper: (method, fusion) -> the paper's number, shown beside ours.
     Returns {"runs": summaries, "table": rows}.
@@ -156,7 +157,8 @@ def run_experiment(main, argument_lists, folder, columns, pairs, title, paper=No
         for row in table:
             row["paper"] = paper.get((row["method"], row["fusion"]))
     differences = [row for pair in pairs for row in paired_differences(runs, *pair)]
-    record = {"title": title, "rows": table, "paired": differences, "runs": runs}
+    record = {"title": title, "arguments": arguments, "rows": table, "paired": differences}
+    record["runs"] = runs
     make_folder(folder)
     write_json(folder / "table.json", record)
     write_figure(folder / "figure.png", draw_bars(title, table, next(iter(columns))))

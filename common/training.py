@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +26,14 @@ from .figures import draw_curves
 
 
 def pick_device(name):
-    """`auto`, `cpu`, `cuda` or `mps` -> torch.device; UserError if this machine lacks it."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """`auto`, `cpu`, `cuda` or `mps` -> torch.device; UserError if this machine lacks it.
+
+    `auto` is CUDA where there is one, else the CPU; mps is there to try, nothing was tested on it.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = next(device for device, present in available.items() if present)
-    if not available[name]:
+        name = "cuda" if available["cuda"] else "cpu"
+    if not available.get(name, True):
         raise UserError(f"PyTorch finds no {name} device on this machine; use --device cpu.")
     return torch.device(name)
 
@@ -128,9 +128,13 @@ def write_atomically(path, write):
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # half a file must not keep a full disk full
+        hint = "Make room or choose another --out."
+        if isinstance(error, FileNotFoundError):
+            hint = "Is another process training the same run?"
         raise UserError(
-            f"Cannot write {path} ({error}); what was saved before is whole. Make room or choose "
-            "another --out."
+            f"Cannot write {path} ({error}); what was saved before is whole. {hint}"
         ) from error
 
 
@@ -146,38 +150,45 @@ def read_json(path, key=None):
     """The object in a JSON file, or its part `key`; UserError if it is not there or damaged."""
     try:
         value = json.loads(path.read_text())
-        return dict(value[key] if key else value)
+        value = dict(value[key] if key else value)
+        if not value:
+            raise ValueError("it is empty")
+        return value
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); start again by --overwrite.") from error
 
 
 def environment(device):
     """What the numbers may depend on besides the arguments: recorded, never compared."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without history
+        commit = None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "git_commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "git_commit": commit,
     }
+
+
+def changed_knobs(arguments, defaults):
+    """["<knob>=<value>", ...] of the arguments that have another value than their default."""
+    named = {"script", "dataset", "method", "fusion", "seed"}
+    return [
+        f"{knob.replace('_', '-')}={value}"
+        for knob, value in arguments.items()
+        if knob not in named and value != defaults.get(knob)
+    ]
 
 
 def run_name(arguments, defaults):
     """<method>[-<fusion>][-<knob>=<value> where not default]-seed<k>."""
-    parts = [arguments["method"]]
-    if arguments.get("fusion"):
-        parts.append(arguments["fusion"])
-    named = {"script", "dataset", "method", "fusion", "seed"}
-    for knob, value in arguments.items():
-        if knob not in named and value != defaults.get(knob):
-            parts.append(f"{knob.replace('_', '-')}={value}")
-    return "-".join([*parts, f"seed{arguments['seed']}"])
+    fusion = [arguments["fusion"]] if arguments.get("fusion") else []
+    knobs = changed_knobs(arguments, defaults)
+    return "-".join([arguments["method"], *fusion, *knobs, f"seed{arguments['seed']}"])
 
 
 class Run:

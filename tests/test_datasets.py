@@ -71,7 +71,7 @@ def test_errors_are_sentences(tmp_path):
         load_dataset("cifar")
     with pytest.raises(UserError, match="digits has no dial --audio-snr"):
         load_dataset("digits", audio_snr=3.0)
-    with pytest.raises(UserError, match=r"0 of the 3000 recordings.*data/prepare.py fsdd"):
+    with pytest.raises(UserError, match=r"lacks 3000 of the 3000 .*prepare.py fsdd --out \S+/fsdd"):
         load_dataset("av-digits", tmp_path)
 
 
@@ -80,18 +80,35 @@ def test_missing_mnist_is_one_sentence(tmp_path, monkeypatch):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", no_network)
-    with pytest.raises(UserError, match=r"MNIST is not in .*raw .*idx-ubyte files there"):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte .* not in \S+raw .*--data-root"):
         load_dataset("cg-mnist", tmp_path)
 
 
-def test_damaged_mnist_is_one_sentence(tmp_path):
+def idx_file(*shape):
+    """The bytes of an idx file of zeros, MNIST's format."""
+    header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+    return header + bytes(math.prod(shape))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        b"",
+        b"<html>",
+        b"\x00\x00\x08\x03 cut off",
+        idx_file(60_000, 28, 28)[:-5],
+        idx_file(9, 28, 28),
+    ],
+    ids=["empty", "a web page", "a header", "cut off", "of another size"],
+)
+def test_damaged_mnist_is_one_sentence(tmp_path, images):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for part in ("train", "t10k"):
-        for kind in ("images-idx3", "labels-idx1"):
-            (raw / f"{part}-{kind}-ubyte").write_bytes(b"\x00\x00\x08\x03 cut off")
-    with pytest.raises(UserError, match="MNIST is not in"):
+    (raw / "train-images-idx3-ubyte").write_bytes(images)
+    (raw / "train-labels-idx1-ubyte").write_bytes(idx_file(60_000))
+    with pytest.raises(UserError, match=r"is damaged \(.+\); delete both files") as error_info:
         load_dataset("cg-mnist", tmp_path)
+    assert "\n" not in str(error_info.value)
 
 
 # ---- Splits and batches ----
@@ -181,6 +198,13 @@ def test_color_variance_and_mean_colors():
     assert torch.equal(exact.train.tensors["color"], means)
 
 
+def test_held_out_colors_have_the_jitter_of_training(digits):
+    distance = torch.cdist(digits.test.tensors["color"], colored_digits.MEAN_COLORS).min(dim=1)
+    assert 0.1 < distance.values.mean() < 0.25  # near a mean, not on it
+    first = {name: getattr(digits, name).tensors["color"][0] for name in ("train", "val", "test")}
+    assert len({tuple(color.tolist()) for color in first.values()}) == 3
+
+
 def test_random_colors_are_uniform_over_the_ten_means():
     exact = load_dataset("digits", color_variance=0.0)
     counts = torch.bincount(nearest_mean(exact.test.tensors["color"]), minlength=10)
@@ -250,6 +274,32 @@ def test_a_quarter_of_mnists_energy_is_four_components(require, data_root):
     assert torch.linalg.matrix_rank(visual.double() - visual.double().mean(0), rtol=1e-5) == 4
 
 
+def test_components_come_from_training_images_only(require, data_root, monkeypatch):
+    require("av-digits")
+    seen = []
+    original = av_digits.keep_energy
+
+    def spy(images, train_images, energy):
+        seen.append((len(images), train_images))
+        return original(images, train_images, energy)
+
+    monkeypatch.setattr(av_digits, "keep_energy", spy)
+    load_dataset("av-digits", data_root)
+    assert sorted(count for count, _ in seen) == [300, 300, 2400]
+    assert all(len(train) == 2400 and torch.equal(train, seen[0][1]) for _, train in seen)
+
+
+def test_the_sound_of_a_pair_is_that_of_its_label(require, data_root):
+    """The nearest clean training sound knows the digit of most clean test sounds."""
+    require("av-digits")
+    clean = load_dataset("av-digits", data_root, audio_snr=math.inf)
+    train, test = (split.tensors["audio"].flatten(1) for split in (clean.train, clean.test))
+    guess = clean.train.labels[torch.cdist(test, train).argmin(dim=1)]
+    assert (guess == clean.test.labels).double().mean() > 0.7
+    noisy = load_dataset("av-digits", data_root)
+    assert not torch.equal(noisy.val.tensors["audio"], clean.val.tensors["audio"])
+
+
 def test_each_recording_has_an_image_of_its_own_and_of_its_digit(require, data_root):
     require("av-digits")
     clean = load_dataset("av-digits", data_root, visual_energy=1.0, audio_snr=math.inf)
@@ -285,6 +335,26 @@ def test_bad_recordings_are_named(tmp_path):
         write_wav(path, **arguments)
         with pytest.raises(UserError, match=r"3_a_7.wav should be 16-bit mono at 8000 Hz"):
             av_digits.read_wav(path)
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(UserError, match=r"3_a_7.wav is no readable WAV"):
-        av_digits.read_wav(path)
+    write_wav(path)
+    for content in (b"version https://git-lfs.github.com/spec/v1", path.read_bytes()[:-101]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"3_a_7.wav is no readable WAV"):
+            av_digits.read_wav(path)
+
+
+def test_a_missing_recording_is_named(tmp_path):
+    folder = tmp_path / "fsdd" / "recordings"
+    folder.mkdir(parents=True)
+    for digit in range(10):
+        for speaker in av_digits.SPEAKERS:
+            for take in range(50):
+                (folder / f"{digit}_{speaker}_{take}.wav").touch()
+    paths = av_digits.find_recordings(tmp_path)
+    assert {name: len(part) for name, part in paths.items()} == {
+        "train": 2400,
+        "val": 300,
+        "test": 300,
+    }
+    (folder / "3_theo_7.wav").rename(folder / "3_theo_77.wav")
+    with pytest.raises(UserError, match=r"lacks 1 of the 3000 recordings .*such as 3_theo_7.wav"):
+        av_digits.find_recordings(tmp_path)

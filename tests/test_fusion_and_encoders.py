@@ -93,6 +93,18 @@ def test_cnn_stages(size, first_pool, batch_norm):
     assert CNN(3, dim=None, first_pool=first_pool)(torch.rand(2, 3, size, size)).shape == (2, 64)
 
 
+def test_initialisation_is_the_released_one():
+    torch.manual_seed(0)
+    for module in [*CNN(3).modules(), *FUSIONS["film"]({"a": 512, "b": 512}, 10).modules()]:
+        if isinstance(module, torch.nn.Linear):
+            fans = module.in_features + module.out_features
+            assert module.weight.std().item() == pytest.approx((2 / fans) ** 0.5, rel=0.1)
+            assert not module.bias.any()
+        if isinstance(module, torch.nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+
+
 def test_pooling_before_the_relu_is_the_same_with_less_work():
     encoder = CNN(1)
     norm, convolution, pool, relu = encoder.stages[0]

@@ -153,15 +153,16 @@ def test_binary_coefficients_of_the_released_code(rho, expected):
 
 
 def test_ratio_and_coefficients_survive_vanishing_probabilities():
-    far = torch.tensor([[-500.0, 0.0]])  # probability of class 0 is zero in float32
-    near = torch.tensor([[0.0, -500.0]])
-    labels, known = torch.tensor([0]), torch.ones(2, dtype=torch.bool)
+    far = torch.tensor([[-500.0, 0.0]] * 64)  # probability of class 0 is zero in float32
+    near = torch.tensor([[0.0, -500.0]] * 64)
+    labels, known = torch.zeros(64, dtype=torch.long), torch.ones(2, dtype=torch.bool)
     for pair, expected in (
         ((far, near), [1, 0]),
         ((near, far), [0, 1]),
         ((far, far), [0, 0]),
     ):
         rho = pmr.imbalance_ratio(*pair, labels, known)
+        assert torch.isfinite(rho)
         assert [x.item() for x in pmr.coefficients(rho)] == expected
 
 
@@ -320,9 +321,13 @@ def test_no_gradient_through_prototypes_ratio_and_coefficients(generator):
     """The gradient is that of Eq. (10) with rho, beta and gamma held constant."""
     z, c, labels, known = random_case(generator)
     z = [x.requires_grad_() for x in z]
-    c = [x.requires_grad_() for x in c]
-    logits = [pmr.prototype_logits(z[m], c[m].detach(), known) for m in (0, 1)]
+    prototypes = [pmr.Prototypes(4, 5).double() for _ in range(2)]
+    for module, centers in zip(prototypes, c, strict=True):
+        module.update(centers.requires_grad_(), known, epsilon=0.2)
+        assert not module.centers.requires_grad and not list(module.parameters())
+    logits = [module(x) for module, x in zip(prototypes, z, strict=True)]
     loss, rho = pmr.pmr_loss(torch.zeros((), dtype=torch.float64), *logits, labels, known, 1.0)
+    assert torch.autograd.grad(loss, c, retain_graph=True, allow_unused=True) == (None, None)
     assert not rho.requires_grad
     beta, gamma = (x.item() for x in pmr.coefficients(rho))
     constant = beta * F.cross_entropy(logits[0], labels) + gamma * F.cross_entropy(
@@ -334,10 +339,6 @@ def test_no_gradient_through_prototypes_ratio_and_coefficients(generator):
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
-    prototypes = pmr.Prototypes(4, 5)
-    prototypes.update(z[0].detach().float()[:4], known, 0.2)
-    assert not prototypes.centers.requires_grad
-    assert not list(prototypes.parameters())
 
 
 # ---- The block by itself ----
@@ -349,12 +350,13 @@ def test_method_block_runs_when_cut_out():
     block = re.search(r"# ---- Method ----\n(.*?)# ---- Model ----", text, re.DOTALL)[1]
     names = {"torch": torch, "nn": nn, "F": F}
     exec(block, names)
-    assert "import" not in re.findall(r"^(\w+)", block, re.MULTILINE)
+    assert not re.search(r"^\s*(import|from)\b", block, re.MULTILINE)
+    assert not {"config", "args", "device"} & set(re.findall(r"\w+", block))
     prototypes = names["Prototypes"](num_classes=3, dim=4)
-    z, labels = torch.randn(9, 4), torch.arange(9) % 3
+    z, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
     prototypes.update(*names["class_means"](z, labels, 3), epsilon=0.2)
-    logits = prototypes(z)
-    loss, rho = names["pmr_loss"](
-        torch.tensor(1.0), logits, logits, labels, prototypes.known, alpha=1.0, mu=0.01
-    )
-    assert (loss.item(), rho.item()) == (1.0, 1.0)
+    pair = prototypes(z), prototypes(-z)
+    known = prototypes.known
+    found = names["pmr_loss"](torch.tensor(1.0), *pair, labels, known, alpha=1.0, mu=0.01)
+    expected = pmr.pmr_loss(torch.tensor(1.0), *pair, labels, known, alpha=1.0, mu=0.01)
+    assert found == expected and found[0] != 1

@@ -5,10 +5,9 @@ Recordings are the Free Spoken Digit Dataset, images MNIST. The AV-MNIST of the 
 sound, because clean digits are nearly solved by either modality alone; both dials are here.
 """
 
-import math
-import re
 import wave
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,8 @@ from .colored_digits import load_mnist
 
 MODALITIES = ("audio", "visual")
 SAMPLE_RATE = 8000  # Hz
-RECORDINGS = 3000
-NAME = re.compile(r"(?P<digit>[0-9])_(?P<speaker>[a-z]+)_(?P<take>[0-9]+)\.wav")
+SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+TAKES = range(50)  # of each digit by each speaker
 
 
 def render(rows):
@@ -41,9 +40,12 @@ def read_wav(path):
     try:
         with wave.open(str(path)) as file:
             layout = file.getframerate(), file.getnchannels(), file.getsampwidth()
-            samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
+            data = file.readframes(file.getnframes())
+            if len(data) != file.getnframes() * file.getnchannels() * file.getsampwidth():
+                raise EOFError("it is cut off")
     except (wave.Error, EOFError, OSError) as error:
         raise UserError(f"{path} is no readable WAV file ({error}); fetch it anew.") from error
+    samples = np.frombuffer(data, dtype="<i2") if layout[2] == 2 else ()
     if layout != (SAMPLE_RATE, 1, 2) or len(samples) == 0:
         raise UserError(f"{path} should be 16-bit mono at 8000 Hz with sound; fetch it anew.")
     return torch.from_numpy(samples.astype(np.float32) / 32768)
@@ -55,7 +57,7 @@ def add_noise(waveform, snr, generator):
     power = waveform.square().mean()
     second = torch.zeros(SAMPLE_RATE)
     second[: len(waveform)] = waveform
-    if math.isinf(snr):
+    if snr > 300:  # also inf; float32 could not hold such noise
         return second
     noise = torch.randn(SAMPLE_RATE, generator=generator)
     return second + noise * (power / 10 ** (snr / 10)).sqrt()
@@ -86,21 +88,21 @@ def keep_energy(images, train_images, energy):
 
 
 def find_recordings(root):
-    """split -> sorted paths of FSDD's recordings under `root`/fsdd/recordings."""
+    """split -> sorted paths of FSDD's 3,000 recordings under `root`/fsdd/recordings."""
     folder = Path(root) / "fsdd" / "recordings"
     paths = {"train": [], "val": [], "test": []}
-    for path in sorted(folder.glob("*.wav")):
-        match = NAME.fullmatch(path.name)
-        if match:
-            paths[split_of_take(int(match["take"]))].append(path)
-    found = sum(map(len, paths.values()))
-    if found != RECORDINGS:
+    for digit, speaker, take in product(range(10), SPEAKERS, TAKES):
+        paths[split_of_take(take)].append(folder / f"{digit}_{speaker}_{take}.wav")
+    present = {path.name for path in folder.glob("*.wav")}
+    missing = [p.name for part in paths.values() for p in part if p.name not in present]
+    if missing:
         raise UserError(
-            f"{folder} holds {found} of the {RECORDINGS} recordings of the Free Spoken Digit "
-            "Dataset; run `python data/prepare.py fsdd`, or name the folder above fsdd by "
+            f"{folder} lacks {len(missing)} of the 3000 recordings of the Free Spoken Digit "
+            f"Dataset, such as {missing[0]}; delete it if it is there, then run `python "
+            f"data/prepare.py fsdd --out {folder.parent}`, or name the folder above fsdd by "
             "--data-root."
         )
-    return paths
+    return {name: sorted(part) for name, part in paths.items()}
 
 
 def pair_images(digits, pool, generator):

@@ -33,7 +33,7 @@ class TensorSplit:
         return TensorSplit(self.tensors, self.all_labels, self.render, self.index[positions])
 
     def head(self, count):
-        """A split of the first `count` samples; the loaders store samples in random order."""
+        """A split of the first `count` samples, which the loaders store in no order of classes."""
         tensors = {name: tensor[:count] for name, tensor in self.tensors.items()}
         return TensorSplit(tensors, self.all_labels[:count], self.render)
 

@@ -1,8 +1,9 @@
 """Colored-and-gray digits: one digit image, seen in gray and on its own in one flat color.
 
-The colors follow Kim et al., "Learning Not to Learn" (CVPR 2019), whose generator was never
-released; PMR and the Greedy paper use its MNIST version. In training a digit's color tells its
-class; in validation and test the mean color is drawn at random, so that only the shape helps.
+The idea is that of Kim et al., "Learning Not to Learn" (CVPR 2019), whose MNIST version PMR and the
+Greedy paper use; its generator was never released, and the rule here is the one commonly told. In
+training a digit's color tells its class; in validation and test the mean color is drawn at random,
+so that only the shape helps.
 """
 
 import math
@@ -96,14 +97,28 @@ def load_digits(root, data_seed, color_variance):
 
 
 def load_mnist(root, train):
-    """torchvision's MNIST under `root`/MNIST/raw, downloaded there if it is missing."""
+    """torchvision's MNIST under `root`/MNIST/raw, downloaded there if it is missing.
+
+    Returns uint8 images (N, 28, 28) and int64 labels (N,).
+    """
+    part, count = ("train", 60_000) if train else ("t10k", 10_000)
+    raw = Path(root) / "MNIST" / "raw"
+    names = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
+    missing = [name for name in names if not (raw / name).exists()]
     try:
-        mnist = torchvision.datasets.MNIST(root, train=train, download=True)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        # No network, an unwritable folder, damaged files: torchvision raises all of these.
+        mnist = torchvision.datasets.MNIST(root, train=train, download=bool(missing))
+        if not len(mnist.data) == len(mnist.targets) == count:
+            raise ValueError(f"{len(mnist.data)} images and {len(mnist.targets)} labels")
+    except Exception as error:  # torchvision's reader raises nearly anything on damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if missing:
+            raise UserError(
+                f"MNIST's {' and '.join(missing)} are not in {raw} and cannot be downloaded "
+                f"({reason}); put the files there, or name the folder above MNIST by --data-root."
+            ) from error
         raise UserError(
-            f"MNIST is not in {Path(root) / 'MNIST' / 'raw'} and cannot be downloaded ({error}); "
-            "put its four idx-ubyte files there, or name the folder above MNIST by --data-root."
+            f"MNIST's {' or '.join(names)} in {raw} is damaged ({reason}); delete both files and "
+            "run again, or put good ones there."
         ) from error
     return mnist.data, mnist.targets
 
