@@ -87,9 +87,9 @@ def test_every_dataset_is_tested_here():
 
 @pytest.fixture(scope="module")
 def default_network(tmp_path_factory):
-    """The weights that the default knobs of PMR give on 120 samples in 2 epochs."""
+    """The weights that the default knobs of PMR give on 120 samples in 4 epochs."""
     out = tmp_path_factory.mktemp("default")
-    flags = ["--train-samples", "120", "--epochs", "2", "--device", "cpu", "--out", str(out)]
+    flags = ["--train-samples", "120", "--epochs", "4", "--device", "cpu", "--out", str(out)]
     return tensors(folder_of(out, pmr.main([*flags, "--method", "pmr"])))
 
 
@@ -121,7 +121,7 @@ def default_network(tmp_path_factory):
 def test_every_other_choice_acts(run, tmp_path, default_network, choice, changes):
     if choice == ("--device", "auto") and torch.cuda.is_available():
         pytest.skip("auto is CUDA here, which is equal up to rounding only")
-    flags = ["--train-samples", "120", "--epochs", "2", "--device", "cpu", "--method", "pmr"]
+    flags = ["--train-samples", "120", "--epochs", "4", "--device", "cpu", "--method", "pmr"]
     found = tensors(folder_of(tmp_path, run(*flags, *choice)))
     same = all(torch.equal(found[name], default_network[name]) for name in found)
     assert same != changes
