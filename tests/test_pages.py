@@ -17,6 +17,7 @@ def commands(script):
     """Every `python <script> ...` on the pages, without comments: page, words."""
     found = {}
     for page, text in TEXTS.items():
+        text = text.replace("\\\n", " ")  # a command on several lines
         for line in re.findall(
             rf"(?:^|`|&& *| {{4}})python {re.escape(script)}([^`\n]*)", text, re.M
         ):
@@ -58,7 +59,7 @@ def test_commands_were_found():
 
 @pytest.mark.parametrize("page", list(TEXTS))
 def test_links_and_files_exist(page):
-    text = TEXTS[page]
+    text = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)
     folder = (ROOT / page).parent
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (folder / target).exists(), target
