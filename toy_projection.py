@@ -420,12 +420,14 @@ def regions(network, head, t, size=200):
 
 
 def run_name(args):
-    """<regime>[-<knob>=<value> where not default], e.g. overtrained-seeds=0,1."""
+    """<regime>[-<knob>=<value> where not default], e.g. overtrained-seeds=0-49."""
     default = parse_args([])
     parts = [args.regime]
     for knob in ("dataset", "method", "heads", "epochs", "seeds"):
         value = getattr(args, knob)
         if value != getattr(default, knob):
+            if knob == "seeds" and value == list(range(value[0], value[-1] + 1)):
+                value = f"{value[0]}-{value[-1]}"
             text = ",".join(map(str, value)) if isinstance(value, list) else value
             parts.append(f"{knob}={text}")
     return "-".join(parts)

@@ -175,10 +175,10 @@ MARKERS = re.compile(r"(<!-- table (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTA
 
 
 def table_part(record, part):
-    """Markdown of one part of an experiment's JSON: `rows` or `paired`."""
-    if part == "rows":
-        return format_markdown(record["rows"])
-    return "\n".join(f"- {describe_difference(row)}" for row in record["paired"])
+    """Markdown of one part of an experiment's JSON: `paired` as a list, other rows as a table."""
+    if part == "paired":
+        return "\n".join(f"- {describe_difference(row)}" for row in record["paired"])
+    return format_markdown(record[part])
 
 
 def renew_tables(text):

@@ -263,7 +263,7 @@ def test_every_cell_and_figure_of_both_regimes(run, tmp_path, capsys, regime):
     record = run("--regime", regime)
     assert len(record["table1"]) == 2 * 3 * 3 and len(record["table2"]) == 2 * 2 * 3 * 3
     (folder,) = (tmp_path / "toy_projection").iterdir()
-    assert folder.name == f"{regime}-epochs=2-seeds=0,1"
+    assert folder.name == f"{regime}-epochs=2-seeds=0-1"
     names = {f"{d}-{kind}.png" for d in toy.SETS for kind in ("data", "regions")}
     assert {path.name for path in folder.iterdir()} == names | {"errors.png", "table.json"}
     assert json.loads((folder / "table.json").read_text()) == record

@@ -622,11 +622,11 @@ def test_absent_device_is_a_sentence_and_makes_no_folder(tmp_path, monkeypatch):
     [
         (False, False, "cpu"),
         (True, False, "cuda"),
-        (False, True, "mps"),
+        (False, True, "cpu"),  # mps has to be asked for
         (True, True, "cuda"),
     ],
 )
-def test_auto_takes_the_fastest_device_there_is(monkeypatch, cuda, mps, chosen):
+def test_auto_is_cuda_where_there_is_one_else_the_cpu(monkeypatch, cuda, mps, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert training.pick_device("auto") == torch.device(chosen)
@@ -833,7 +833,7 @@ def test_process_ends_a_mistake_and_ctrl_c_with_a_sentence(tmp_path):
     )
     wait_until(lambda: list(tmp_path.glob("runs/pmr/digits/*/last.pt")), interrupted)
     interrupted.send_signal(signal.SIGINT)
-    assert_one_sentence(interrupted, "the same command with --resume goes on")
+    assert_one_sentence(interrupted, "the same command with --resume (and without --overwrite)")
     assert_one_sentence(missing, "error: ")
     load(folder_of(tmp_path / "runs") / "last.pt")
     assert not (tmp_path / "missing").exists()
