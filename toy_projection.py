@@ -321,7 +321,7 @@ REGIMES = {
         },
         "swiss-roll": {
             "noise": 0.5,
-            "hidden": 32,
+            "hidden": 16,
             "optimizer": "adam",
             "lr": 0.01,
             "batch_size": None,
