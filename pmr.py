@@ -23,8 +23,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.command_line import build_parser, fill_from_recipe, number, run_command
-from common.datasets import DATASETS, load_dataset
+from common.command_line import (
+    build_parser,
+    check_methods,
+    fill_from_recipe,
+    load_splits,
+    number,
+    run_command,
+)
+from common.datasets import DATASETS
 from common.encoders import build_encoder
 from common.errors import UserError
 from common.experiments import (
@@ -455,27 +462,13 @@ def choose_methods(args, modalities):
     """The methods to run: those named, else a comparison, or PMR alone where data are large."""
     unimodal = [f"unimodal-{m}" for m in modalities]
     methods = args.method or ([*unimodal, "joint", "pmr"] if args.dataset in COMPARED else ["pmr"])
-    methods = list(dict.fromkeys(methods))  # a method named twice is still one run
-    for method in methods:
-        if method not in (*METHODS, *unimodal):
-            raise UserError(
-                f"There is no method {method!r} for {args.dataset}; choose from "
-                f"{', '.join((*METHODS, *unimodal))}."
-            )
-        if method in ("pmr", "pmr-no-per") and len(modalities) != 2:
-            raise UserError(
-                f"PMR's equations compare two modalities; {args.dataset} has {len(modalities)}. "
-                "Use joint."
-            )
+    methods = check_methods(methods, (*METHODS, *unimodal), args.dataset)
+    if {"pmr", "pmr-no-per"} & set(methods) and len(modalities) != 2:
+        raise UserError(
+            f"PMR's equations compare two modalities; {args.dataset} has {len(modalities)}. "
+            "Use joint."
+        )
     return methods
-
-
-def load_splits(args, device):
-    """The dataset that the command line names."""
-    dials = {dial: getattr(args, dial) for dial in DATASETS[args.dataset].dials}
-    return load_dataset(
-        args.dataset, args.data_root, args.data_seed, args.train_samples, device, **dials
-    )
 
 
 def columns_of(modalities):
@@ -494,9 +487,9 @@ def table1(args, defaults, argv):
     alone = [m for m in unimodal if m in chosen]
     fused = [m for m in reversed(METHODS) if m in chosen]
     argv = without_flag(sys.argv[1:] if argv is None else argv, "--experiment")
-    grid = [[*argv, "--method", *alone]] if alone else []
+    calls = [({}, [*argv, "--method", *alone])] if alone else []
     if fused:
-        grid += [[*argv, "--fusion", f, "--method", *fused] for f in args.fusions]
+        calls += [({}, [*argv, "--fusion", f, "--method", *fused]) for f in args.fusions]
     paper = paper_numbers("pmr_table1")
     for i, m in enumerate(modalities, start=1):
         paper[f"unimodal-{m}", None] = paper[f"unimodal-{i}", None]
@@ -506,22 +499,19 @@ def table1(args, defaults, argv):
     name = "-".join(["table1", *changed_knobs(arguments, defaults)])
     arguments |= {"method": [*alone, *fused], "fusion": args.fusions, "seeds": args.seeds}
     return run_experiment(
-        main,
-        grid,
+        run_all,
+        calls,
         arguments,
         folder=Path(args.out) / "pmr" / args.dataset / name,
-        columns=columns_of(modalities),
-        pairs=[("pmr", "joint"), ("pmr-no-per", "joint")],
         title=f"Table 1 on {args.dataset}, test accuracy in percent",
-        paper=printed,
+        pairs=[("pmr", "joint"), ("pmr-no-per", "joint")],
+        paper=printed and (lambda row: {"paper": printed.get((row["method"], row["fusion"]))}),
     )
 
 
-def main(argv=None):
-    """Run the command line; returns the summary of the run, or {"runs": ..., "table": ...}."""
+def run_all(argv):
+    """Run every method with every seed: {"runs": summaries, "table": one row for each method}."""
     args, defaults = parse_args(argv)
-    if args.experiment == "table1":
-        return table1(args, defaults, argv)
     device = pick_device(args.device)
     splits = load_splits(args, device)
     methods = choose_methods(args, splits.modalities)
@@ -533,7 +523,16 @@ def main(argv=None):
     table = tabulate(runs, columns_of(splits.modalities))
     print(f"\n{args.dataset}, test split, percent; best: at the best validation epoch\n")
     print(f"{format_text(table)}\n\nRuns: {Path(args.out) / 'pmr' / args.dataset}")
-    return runs[0] if len(runs) == 1 else {"runs": runs, "table": table}
+    return {"runs": runs, "table": table}
+
+
+def main(argv=None):
+    """Run the command line; returns the summary of the run, or {"runs": ..., "table": ...}."""
+    args, defaults = parse_args(argv)
+    if args.experiment == "table1":
+        return table1(args, defaults, argv)
+    result = run_all(argv)
+    return result["runs"][0] if len(result["runs"]) == 1 else result
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from .datasets import DATASETS
+from .datasets import DATASETS, load_dataset
 from .errors import UserError
 
 
@@ -111,6 +111,24 @@ def fill_from_recipe(parser, args, recipe):
         if getattr(args, name) is None:
             setattr(args, name, default)
     return defaults
+
+
+def load_splits(args, device):
+    """The dataset that the command line names, with its dials."""
+    dials = {dial: getattr(args, dial) for dial in DATASETS[args.dataset].dials}
+    return load_dataset(
+        args.dataset, args.data_root, args.data_seed, args.train_samples, device, **dials
+    )
+
+
+def check_methods(methods, known, dataset):
+    """`methods` without repetitions; UserError for one that is not among the `known`."""
+    for method in methods:
+        if method not in known:
+            raise UserError(
+                f"There is no method {method!r} for {dataset}; choose from {', '.join(known)}."
+            )
+    return list(dict.fromkeys(methods))  # a method named twice is still one run
 
 
 def run_command(main):

@@ -26,18 +26,22 @@ def lookup(summary, path):
     return summary
 
 
-def spread(values):
-    """{"mean", "std", "n"} with the sample standard deviation (0 for one value), or None."""
+def spread(values, digits=None):
+    """{"mean", "std", "n"} with the sample standard deviation (0 for one value), or None.
+
+    digits: decimals to print, where they are not one; they go into the result.
+    """
     if not values:
         return None
     std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std, "n": len(values)}
+    result = {"mean": statistics.fmean(values), "std": std, "n": len(values)}
+    return result if digits is None else {**result, "digits": digits}
 
 
-def tabulate(runs, columns):
+def tabulate(runs, columns, digits=None):
     """One row for each method and fusion: its name and the `spread` over seeds of each column.
 
-    columns: title -> dotted path into a summary.
+    columns: title -> dotted path into a summary; digits: title -> decimals, where not one.
     """
     groups = {}
     for run in runs:
@@ -47,21 +51,22 @@ def tabulate(runs, columns):
         row = {"method": method, "fusion": fusion}
         for title, path in columns.items():
             values = [lookup(run, path) for run in group]
-            row[title] = spread([value for value in values if value is not None])
+            row[title] = spread([x for x in values if x is not None], (digits or {}).get(title))
         rows.append(row)
     return rows
 
 
 def paired_differences(runs, method, reference, path="test.accuracy"):
-    """`method` minus `reference` seed by seed, for each fusion: mean, standard error, n."""
+    """`method` minus `reference` seed by seed, for equal fusion and epochs: mean, error, n."""
+    groups = {}
+    for run in runs:
+        values = groups.setdefault((run["fusion"], run["epochs"]), {method: {}, reference: {}})
+        if run["method"] in values:
+            values[run["method"]][run["seed"]] = lookup(run, path)
     rows = []
-    for fusion in dict.fromkeys(run["fusion"] for run in runs):
-        by_seed = {
-            name: {r["seed"]: lookup(r, path) for r in runs if (r["method"], r["fusion"]) == key}
-            for name, key in {"a": (method, fusion), "b": (reference, fusion)}.items()
-        }
-        seeds = by_seed["a"].keys() & by_seed["b"].keys()
-        difference = spread([by_seed["a"][seed] - by_seed["b"][seed] for seed in sorted(seeds)])
+    for (fusion, epochs), values in groups.items():
+        seeds = sorted(values[method].keys() & values[reference].keys())
+        difference = spread([values[method][seed] - values[reference][seed] for seed in seeds])
         if difference:
             error = difference["std"] / math.sqrt(difference["n"]) if difference["n"] > 1 else None
             rows.append(
@@ -69,6 +74,7 @@ def paired_differences(runs, method, reference, path="test.accuracy"):
                     "method": method,
                     "reference": reference,
                     "fusion": fusion,
+                    "epochs": epochs,
                     "mean": difference["mean"],
                     "standard_error": error,
                     "n": difference["n"],
@@ -86,8 +92,9 @@ def cell(value):
         return "-"
     if not isinstance(value, dict):
         return str(value)
-    text = f"{value['mean']:.1f}"
-    return text + f" ± {value['std']:.1f}" if value["n"] > 1 else text
+    digits = value.get("digits", 1)
+    text = f"{value['mean']:.{digits}f}"
+    return text + f" ± {value['std']:.{digits}f}" if value["n"] > 1 else text
 
 
 def format_text(rows):
@@ -108,11 +115,11 @@ def format_markdown(rows):
 
 
 def describe_difference(row):
-    """`pmr - joint (concat): +3.4 ± 0.8 points (paired, standard error, 5 seeds)`."""
+    """`pmr - joint (concat, 20 epochs): +3.4 ± 0.8 points (paired by seed, ..., n = 5)`."""
     error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.1f}"
     return (
-        f"{row['method']} - {row['reference']} ({row['fusion']}): {row['mean']:+.1f}{error} points"
-        f" (paired by seed, standard error, n = {row['n']})"
+        f"{row['method']} - {row['reference']} ({row['fusion']}, {row['epochs']} epochs): "
+        f"{row['mean']:+.1f}{error} points (paired by seed, standard error, n = {row['n']})"
     )
 
 
@@ -140,28 +147,32 @@ def paper_numbers(name):
     return {(row["method"], row["fusion"] or None): row for row in paper_rows(name)}
 
 
-def run_experiment(main, argument_lists, arguments, folder, columns, pairs, title, paper=None):
-    """Run `main` on every argument list and write table.json and figure.png in `folder`.
+def run_experiment(run_all, calls, arguments, folder, title, columns=None, pairs=(), paper=None):
+    """Run every part of a grid and write table.json and figure.png in `folder`.
 
-    arguments: what the table is of, written into table.json;
-    columns: title -> dotted path; pairs: (method, reference) to compare seed by seed;
-    paper: (method, fusion) -> the paper's number, shown beside ours.
+    run_all:   argument list -> {"runs": summaries, "table": rows}.
+    calls:     pairs (fields, argument list); fields such as {"epochs": 80} are put in its rows.
+    arguments: what the table is of, written into table.json.
+    columns:   the columns of its rows that are shown, also as a figure; default: all, and `test`.
+    pairs:     (method, reference) to compare seed by seed.
+    paper:     row -> columns with the paper's numbers, to stand at its end.
     Returns {"runs": summaries, "table": rows}.
     """
-    runs = []
-    for argv in argument_lists:
-        result = main(argv)
-        runs += result.get("runs", [result])
-    table = tabulate(runs, columns)
-    if paper:
-        for row in table:
-            row["paper"] = paper.get((row["method"], row["fusion"]))
+    runs, table = [], []
+    for fields, argv in calls:
+        result = run_all(argv)
+        runs += result["runs"]
+        for row in result["table"]:
+            shown = {key: row[key] for key in row if not columns or key in columns}
+            row = {"method": row["method"], **fields, "fusion": row["fusion"], **shown}
+            table.append({**row, **(paper(row) if paper else {})})
     differences = [row for pair in pairs for row in paired_differences(runs, *pair)]
     record = {"title": title, "arguments": arguments, "rows": table, "paired": differences}
     record["runs"] = runs
     make_folder(folder)
     write_json(folder / "table.json", record)
-    write_figure(folder / "figure.png", draw_bars(title, table, next(iter(columns))))
+    figure = draw_bars(title, table, columns or ["test"], fields=list(calls[0][0]))
+    write_figure(folder / "figure.png", figure)
     print(f"\n{title}\n\n{format_text(table)}\n")
     for row in differences:
         print(describe_difference(row))

@@ -22,28 +22,41 @@ def draw_curves(title, panels):
     return figure
 
 
-def draw_bars(title, rows, column):
-    """Bars of `column` with its standard deviation, grouped by fusion; diamonds are the paper's."""
-    rows = [row for row in rows if row[column]]
+def draw_bars(title, rows, columns, fields=()):
+    """A panel for each column: bars with their standard deviation, a color for each method.
+
+    Rows are grouped by their `fields` and fusion. Diamonds are the paper's numbers for `test`.
+    """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colors = {method: f"C{i % 10}" for i, method in enumerate(methods)}
-    figure = Figure(figsize=(2 + 0.5 * len(rows), 4), layout="constrained")
-    axis = figure.subplots()
-    ticks, x, last = {}, 0.0, None
-    for row in rows:
-        x += 1 if row["fusion"] == last else 1.6
-        last = row["fusion"]
-        mean, std = row[column]["mean"], row[column]["std"]
-        bar = axis.bar(x, mean, 0.9, yerr=std, color=colors[row["method"]], capsize=3)
-        axis.bar_label(bar, [f"{mean:.0f}"], label_type="center", color="white")
-        if row.get("paper") is not None:
-            axis.plot(x, row["paper"], "kD", markersize=5)
-        ticks.setdefault(row["fusion"] or "alone", []).append(x)
-    axis.set_xticks([sum(xs) / len(xs) for xs in ticks.values()], list(ticks))
-    axis.set(ylabel=f"{column} accuracy (%)", title=title, ylim=(0, 105))
+    width = 2 + 0.5 * len(rows)
+    figure = Figure(figsize=(width * len(columns), 4), layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axis, column in zip(axes, columns, strict=True):
+        draw_bar_panel(axis, [row for row in rows if row[column]], column, colors, fields)
+    figure.suptitle(title)
     handles = [Patch(color=color) for color in colors.values()]
     figure.legend(handles, methods, ncols=3, loc="outside lower center")
     return figure
+
+
+def draw_bar_panel(axis, rows, column, colors, fields):
+    """The bars of one column of a table, see `draw_bars`."""
+    ticks, x, last = {}, 0.0, None
+    for row in rows:
+        parts = [f"{field} {row[field]}" for field in fields] + [row["fusion"] or "alone"]
+        group = "\n".join(parts)
+        x += 1 if group == last else 1.6
+        last = group
+        mean, std, digits = row[column]["mean"], row[column]["std"], row[column].get("digits", 0)
+        bar = axis.bar(x, mean, 0.9, yerr=std, color=colors[row["method"]], capsize=3)
+        axis.bar_label(bar, [f"{mean:.{digits}f}"], label_type="center", fontsize="small")
+        if column == "test" and row.get("paper") is not None:
+            axis.plot(x, row["paper"], "kD", markersize=5)
+        ticks.setdefault(group, []).append(x)
+    axis.set_xticks([sum(xs) / len(xs) for xs in ticks.values()], list(ticks))
+    axis.set_ylabel(column if any("digits" in row[column] for row in rows) else f"{column} (%)")
+    axis.set_ylim(0, 105 if axis.get_ylim()[1] > 60 else None)
 
 
 # ---- Toy study ----

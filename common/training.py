@@ -334,6 +334,27 @@ class Run:
             write_atomically(self.folder / name, lambda file: torch.save(checkpoint, file))
         self.write_metrics()
 
+    def read_history(self):
+        """The entries of metrics.jsonl of a finished run."""
+        path = self.folder / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); start again by --overwrite."
+            ) from error
+
+    def read_predictions(self):
+        """The arrays of predictions.npz of a finished run."""
+        path = self.folder / "predictions.npz"
+        try:
+            with np.load(path) as arrays:
+                return dict(arrays)
+        except Exception as error:  # a damaged zip file has many ways to fail
+            raise UserError(
+                f"{path} cannot be read ({error}); start again by --overwrite."
+            ) from error
+
     def write_metrics(self):
         """metrics.jsonl, always whole from the history that last.pt holds."""
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)

@@ -11,7 +11,8 @@ from common import experiments, figures
 
 
 def make_run(method, seed, accuracy, fusion="concat"):
-    return {"method": method, "fusion": fusion, "seed": seed, "test": {"accuracy": accuracy}}
+    run = {"method": method, "fusion": fusion, "epochs": 20, "seed": seed}
+    return {**run, "test": {"accuracy": accuracy}}
 
 
 RUNS = [
@@ -41,7 +42,9 @@ def test_paired_differences_use_common_seeds_only():
     (row,) = experiments.paired_differences(RUNS, "pmr", "joint")
     assert (row["mean"], row["n"]) == (5.0, 2)  # 6 and 4
     assert row["standard_error"] == pytest.approx(1.0)
-    assert "pmr - joint (concat): +5.0 ± 1.0 points" in experiments.describe_difference(row)
+    assert "pmr - joint (concat, 20 epochs): +5.0 ± 1.0 points" in experiments.describe_difference(
+        row
+    )
     (single,) = experiments.paired_differences(RUNS[:1] + RUNS[2:3], "pmr", "joint")
     assert single["standard_error"] is None
     assert not experiments.paired_differences(RUNS, "pmr", "other")
@@ -63,7 +66,7 @@ def test_text_and_markdown_tables():
 def test_the_figure_plots_the_values_of_the_table():
     rows = experiments.tabulate(RUNS, COLUMNS)
     rows[0]["paper"] = 61.0
-    (axis,) = figures.draw_bars("title", rows, "test").axes
+    (axis,) = figures.draw_bars("title", rows, ["test"]).axes
     assert [bar.get_height() for bar in axis.patches] == [52.0, 71.0, 40.0]
     assert [line.get_ydata()[0] for line in axis.lines if line.get_marker() == "D"] == [61.0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["concat", "alone"]
@@ -82,7 +85,7 @@ def test_renew_tables_fills_the_markers(tmp_path, monkeypatch):
     text = "a\n<!-- table x.json rows -->\nold\n<!-- end -->\nb\n<!-- table x.json paired -->\n"
     renewed = experiments.renew_tables(text + "<!-- end -->\n")
     assert "old" not in renewed and "| joint | concat | 52.0 ± 2.8 | - |" in renewed
-    assert "- pmr - joint (concat): +5.0" in renewed
+    assert "- pmr - joint (concat, 20 epochs): +5.0" in renewed
     assert experiments.renew_tables(renewed) == renewed
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import pmr
+from common import command_line
 from common.datasets import DATASETS, TensorSplit
 from common.datasets.base import Splits
 from common.errors import UserError
@@ -31,10 +32,10 @@ TINY = ["--train-samples", "40", "--epochs", "1", "--device", "cpu"]
 @pytest.fixture(scope="module", autouse=True)
 def load_each_dataset_once():
     """Loading is tested in test_datasets.py; here it would only take time."""
-    original = pmr.load_dataset
-    pmr.load_dataset = functools.cache(original)
+    original = command_line.load_dataset
+    command_line.load_dataset = functools.cache(original)
     yield
-    pmr.load_dataset = original
+    command_line.load_dataset = original
 
 
 @pytest.fixture

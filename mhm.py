@@ -1,0 +1,736 @@
+"""MHM: Multi-head Modularization (Lee, Park, Yun, Chang, AAAI 2022).
+https://doi.org/10.1609/aaai.v36i7.20698
+
+A network is cut into uni-modal embeddings theta, a multi-modal embedding phi and a head psi. Several
+heads, each with training data of its own, are swapped in turn; while the head learns, phi is frozen,
+and phi learns on the data that this head has not seen. One head is deployed.
+
+    python mhm.py                                               # bundled digits, a minute on a CPU
+    python mhm.py --dataset av-digits --method joint mhm --heads 3 --seeds 0 1 2
+    python mhm.py --dataset cg-mnist --device cuda --precision bf16
+
+Every run leaves its configuration, metrics, predictions, curves and checkpoints in
+runs/mhm/<dataset>/<method>-<fusion>[-<knob>=<value>]-seed<k>/. See docs/mhm.md.
+"""
+
+import math
+import re
+import sys
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common.command_line import (
+    build_parser,
+    check_methods,
+    fill_from_recipe,
+    load_splits,
+    number,
+    run_command,
+)
+from common.datasets import DATASETS
+from common.encoders import build_encoder, initialize
+from common.errors import UserError
+from common.experiments import (
+    format_text,
+    lookup,
+    paper_rows,
+    run_experiment,
+    spread,
+    tabulate,
+    without_flag,
+)
+from common.figures import draw_curves
+from common.fusion import FUSIONS
+from common.metrics import (
+    accuracy,
+    collect,
+    divergence_from_mean,
+    hitting_ratio,
+    macro_f1,
+    missing_ratio,
+    pairwise_divergence,
+)
+from common.seeding import make_generator, seed_phase
+from common.training import (
+    Progress,
+    Run,
+    autocast,
+    build_optimizer,
+    changed_knobs,
+    make_folder,
+    pick_device,
+    scheduled_lr,
+    set_lr,
+    write_figure,
+    write_json,
+)
+
+# ---- Method ----
+
+EVERYTHING = frozenset({"theta", "phi", "psi"})
+AVERAGED = ("ensemble", "head-ensemble")  # whose prediction is the average of all members
+SEVERAL_HEADS = ("mhm", "mhm-no-freeze", "k-heads-one-set", "head-ensemble")
+ONE_HEAD = ("one-head-one-set", "one-head-k-sets")
+
+
+def split_folds(order, num_folds):
+    """K pairs (H^k, E^k), Sec. 4: the head-specific set is all folds but the k-th, E^k is fold k.
+
+    order: (N,) the training samples in random order, as they are split once and for all.
+    Sizes of folds differ by one at most. The E^k are disjoint and together everything.
+    """
+    folds = order.tensor_split(num_folds)
+    return [(torch.cat(folds[:k] + folds[k + 1 :]), folds[k]) for k in range(num_folds)]
+
+
+class Phase(NamedTuple):
+    """A part of an epoch.
+
+    samples: (n,) positions in the training split.
+    paths:   [(i, j, k), ...], through theta_i, phi_j and psi_k; several outputs are averaged.
+    trained: which kinds of modules learn, of "theta", "phi" and "psi"; the others are frozen.
+    """
+
+    samples: torch.Tensor
+    paths: list
+    trained: frozenset
+
+    @property
+    def learners(self):
+        """Names of the modules that learn, e.g. {"theta-0", "psi-2"}."""
+        numbers = [zip(("theta", "phi", "psi"), path, strict=True) for path in self.paths]
+        return {f"{kind}-{n}" for path in numbers for kind, n in path if kind in self.trained}
+
+
+def members(method, num_folds):
+    """Every network (i, j, k) that one run of `method` trains, in the order of the rounds."""
+    if method == "ensemble":
+        return [(k, k, k) for k in range(num_folds)]
+    if method == "mmm":
+        return [(0, k, 0) for k in range(num_folds)]
+    if method in SEVERAL_HEADS:
+        return [(0, 0, k) for k in range(num_folds)]
+    return [(0, 0, 0)]
+
+
+def phases(method, epoch, folds):
+    """What an epoch trains. An epoch is one round, H-phase and E-phase of one head: H^k and E^k
+    together are one pass over the data, so epochs of all methods but the ensemble cost the same.
+
+    mhm: Eq. (2), phi frozen, theta and psi^k on H^k; then Eq. (3), psi^k frozen, theta and phi on
+    E^k; then the next head. The variants of Sec. 5 differ in what is swapped, frozen and averaged.
+    """
+    networks = members(method, len(folds))
+    if method == "ensemble":  # independent networks, each on its head-specific set
+        pairs = zip(networks, folds, strict=True)
+        return [Phase(head_set, [path], EVERYTHING) for path, (head_set, _) in pairs]
+    if method not in (*SEVERAL_HEADS, *ONE_HEAD, "mmm"):  # plain training, the paper's ETE
+        return [Phase(torch.cat(folds[0]).sort().values, networks, EVERYTHING)]
+    path = networks[epoch % len(networks)]
+    one_set = method in ("one-head-one-set", "k-heads-one-set")
+    head_set, embedding_set = folds[0 if one_set else epoch % len(folds)]
+    if method == "mhm-no-freeze":
+        return [Phase(head_set, [path], EVERYTHING), Phase(embedding_set, [path], EVERYTHING)]
+    averaged = networks if method == "head-ensemble" else [path]
+    return [
+        Phase(head_set, [path], frozenset({"theta", "psi"})),
+        Phase(embedding_set, averaged, frozenset({"theta", "phi"})),
+    ]
+
+
+def deploy(method, accuracies, epoch):
+    """Numbers of the members that make the prediction after `epoch`: one, or all if averaged.
+
+    At the end of a cycle it is the best on validation, in the middle of one the last trained; the
+    paper only says that one head is selected. accuracies: of every member, on validation; None
+    where there is no validation split.
+    """
+    count = len(accuracies)
+    if method in AVERAGED:
+        return list(range(count))
+    last = epoch % count
+    if last < count - 1 or None in accuracies:
+        return [last]
+    return [max(range(count), key=lambda k: (accuracies[k], k))]
+
+
+def set_trainable(module, trainable):
+    """Training mode, frozen or not. Gradients still flow through a frozen module to its input.
+
+    Frozen parameters get no gradient, not a zero one, by which momentum or weight decay would move
+    them. Frozen BatchNorm uses and keeps its running statistics; dropout goes on, as it does for
+    the other modules in joint training. The paper says nothing of either.
+    """
+    module.train()
+    module.requires_grad_(trainable)
+    for part in module.modules():
+        if not trainable and isinstance(part, nn.modules.batchnorm._NormBase):
+            part.eval()
+
+
+def average_probabilities(outputs):
+    """Logits (B, C) of several networks -> log of their mean probability; one is left as it is."""
+    if len(outputs) == 1:
+        return outputs[0]
+    log_p = torch.stack([logits.log_softmax(dim=1) for logits in outputs])
+    return log_p.logsumexp(dim=0) - math.log(len(outputs))
+
+
+class ShakeShake(nn.Module):
+    """Gastaldi (2017) on parallel heads: their sum, weighted at random for each sample.
+
+    The weights, uniform among those of sum one, are drawn anew for the backward pass, and equal in
+    evaluation.
+    """
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, z):
+        outputs = torch.stack([head(z) for head in self.heads])  # (heads, B, C)
+        if not self.training:
+            return outputs.mean(dim=0)
+        alpha, beta = (self.draw_weights(outputs) for _ in range(2))
+        backward = (beta * outputs).sum(dim=0)
+        return backward + ((alpha - beta) * outputs).sum(dim=0).detach()
+
+    @staticmethod
+    def draw_weights(outputs):
+        """(heads, B, 1) weights: exponential draws over their sum."""
+        shape = (*outputs.shape[:2], 1)
+        draw = torch.empty(shape, dtype=outputs.dtype, device=outputs.device).exponential_()
+        return draw / draw.sum(dim=0)
+
+
+# ---- Model ----
+
+EMBEDDING_DIM = 128  # width of phi's output; the paper's sizes are in a supplement nobody has
+
+
+class ModularNet(nn.Module):
+    """psi_k(phi_j(theta_i(x))), with one or several of each module.
+
+    theta: inputs (modality -> (B, ...)) -> features; phi: features -> embedding; psi -> output.
+    """
+
+    def __init__(self, theta, phi, psi):
+        super().__init__()
+        self.theta, self.phi, self.psi = (nn.ModuleList(part) for part in (theta, phi, psi))
+
+    def forward(self, inputs, paths):
+        """A list of outputs, one for each path (i, j, k)."""
+        features = {i: self.theta[i](inputs) for i in {i for i, _, _ in paths}}
+        embeddings = {(i, j): self.phi[j](features[i]) for i, j in {path[:2] for path in paths}}
+        return [self.psi[k](embeddings[i, j]) for i, j, k in paths]
+
+    def parts(self):
+        """Every module by its name, such as "psi-2"."""
+        return {
+            f"{kind}-{number}": module
+            for kind in ("theta", "phi", "psi")
+            for number, module in enumerate(getattr(self, kind))
+        }
+
+
+class UnimodalEmbeddings(nn.ModuleDict):
+    """theta: modality -> encoder, applied each to its own input."""
+
+    def forward(self, inputs):
+        return {m: encoder(inputs[m]) for m, encoder in self.items()}
+
+
+class OnlyModality(nn.Module):
+    """The place of phi in a uni-modal network, which has none: hands its features on."""
+
+    def forward(self, features):
+        (z,) = features.values()
+        return z
+
+
+class Classification:
+    """A task: theta, phi and psi, the loss, the average of several outputs, and what is measured.
+
+    Another task is another class with the same methods; the algorithm asks for nothing else.
+    """
+
+    loss = staticmethod(F.cross_entropy)
+    average = staticmethod(average_probabilities)
+
+    def __init__(self, config, splits):
+        self.config, self.splits = config, splits
+        self.modalities = splits.modalities
+        if config.method.startswith("unimodal-"):
+            self.modalities = (config.method.removeprefix("unimodal-"),)
+
+    def build_theta(self):
+        dataset, shapes = self.config.dataset, self.splits.shapes
+        theta = UnimodalEmbeddings({m: build_encoder(dataset, shapes[m]) for m in self.modalities})
+        self.dims = {m: encoder.dim for m, encoder in theta.items()}
+        return theta
+
+    def build_phi(self):
+        if len(self.modalities) == 1:
+            return OnlyModality()
+        return nn.Sequential(FUSIONS[self.config.fusion](self.dims, EMBEDDING_DIM), nn.ReLU())
+
+    def build_psi(self):
+        width = self.dims[self.modalities[0]] if len(self.modalities) == 1 else EMBEDDING_DIM
+        branches = self.config.branches if self.config.method == "shake-shake" else 1
+        heads = [nn.Linear(width, self.splits.num_classes) for _ in range(branches)]
+        for head in heads:
+            initialize(head)
+        if self.config.method == "shake-shake":
+            return ShakeShake(heads)
+        return (
+            nn.Sequential(nn.Dropout(0.5), *heads) if self.config.method == "dropout" else heads[0]
+        )
+
+    @staticmethod
+    def evaluate(output, labels):
+        """Metrics of an output (N, C) of the network or an average of several."""
+        return {
+            "accuracy": accuracy(output, labels),
+            "macro_f1": macro_f1(output, labels),
+            "loss": F.cross_entropy(output, labels).item(),
+        }
+
+
+def build_network(task, config):
+    """As many copies of each module as the method has, initialised from the run's seed.
+
+    Whatever methods share starts equal: theta, then the phis, then the heads.
+    """
+    seed_phase(config.seed, "initialisation")
+    networks = members(config.method, config.heads)
+    thetas, phis, psis = (len(set(numbers)) for numbers in zip(*networks, strict=True))
+    theta = [task.build_theta() for _ in range(thetas)]
+    phi = [task.build_phi() for _ in range(phis)]
+    psi = [task.build_psi() for _ in range(psis)]
+    return ModularNet(theta, phi, psi).to(config.device, memory_format=torch.channels_last)
+
+
+# ---- Training ----
+
+
+class Trace(nn.Module):
+    """What the deployed network predicts after every epoch, on up to 1000 validation items."""
+
+    def __init__(self, epochs, items, classes):
+        super().__init__()
+        self.register_buffer("log_p", torch.zeros(epochs, min(items, 1000), classes))
+
+    def write(self, epoch, output):
+        self.log_p[epoch] = output[: self.log_p.shape[1]].log_softmax(dim=1)
+
+
+def train(run, network, task, splits, config):
+    """The method's phases, epoch by epoch. Every module keeps an optimizer of its own, which rests
+    with its moments while the module is frozen or swapped out. Returns the trace."""
+    order = torch.randperm(len(splits.train), generator=make_generator(config.seed, "folds"))
+    folds = split_folds(order, config.heads)
+    optimizers = {
+        name: build_optimizer(config.optimizer, module.parameters(), config.lr, config.weight_decay)
+        for name, module in network.parts().items()
+        if list(module.parameters())
+    }
+    trace = Trace(config.epochs, len(splits.val), splits.num_classes).to(config.device)
+    state = {"network": network, "trace": trace, **optimizers}
+    first_epoch = run.start(state)
+    samples = sum(len(phase.samples) for phase in phases(config.method, 0, folds))
+    steps = math.ceil(samples / config.batch_size)
+    progress = Progress(run.label, config.epochs, steps, first_epoch)
+    for epoch in range(first_epoch, config.epochs):
+        for optimizer in optimizers.values():
+            set_lr(optimizer, scheduled_lr(config.schedule, config.lr, epoch, config.epochs))
+        totals = torch.zeros(3, device=config.device)  # samples, summed loss, correct
+        for part, phase in enumerate(phases(config.method, epoch, folds)):
+            generator = seed_phase(config.seed, "train", epoch, part)
+            samples = splits.train.subset(phase.samples)
+            batches = progress(samples.batches(config.batch_size, generator, augment=True))
+            totals += train_phase(network, optimizers, task, phase, batches, config)
+        samples, loss, correct = totals.tolist()
+        training = {"loss": loss / samples, "accuracy": 100 * correct / samples}
+        measured, output = measure(network, task, splits, epoch, config)
+        run.check_finite(training["loss"] + measured["val"]["loss"])
+        trace.write(epoch, output)
+        run.end_epoch({"train": training, **measured}, state)
+    progress.close()
+    return trace
+
+
+def train_phase(network, optimizers, task, phase, batches, config):
+    """One pass over a phase's samples. Returns how many there were, their loss and the correct."""
+    for name, module in network.parts().items():
+        set_trainable(module, name in phase.learners)
+    learning = [optimizer for name, optimizer in optimizers.items() if name in phase.learners]
+    totals = torch.zeros(3, device=config.device)
+    for inputs, labels, _ in batches:
+        with autocast(config.device, config.precision):
+            outputs = network(inputs, phase.paths)
+        output = task.average([x.float() for x in outputs])
+        loss = task.loss(output, labels)
+        for optimizer in learning:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in learning:
+            optimizer.step()
+        with torch.no_grad():
+            samples = torch.full_like(loss, len(labels))
+            correct = (output.argmax(dim=1) == labels).sum()
+            totals += torch.stack([samples, samples * loss, correct])
+    return totals
+
+
+def predict(network, split, paths, config):
+    """Outputs (P, N, C) of the networks `paths` in evaluation mode and float32, labels, index."""
+
+    def forward(inputs):
+        with autocast(config.device, config.precision):
+            outputs = network(inputs, paths)
+        return {"outputs": torch.stack([x.float() for x in outputs], dim=1)}
+
+    network.eval()
+    found = collect(forward, split)
+    return found["outputs"].transpose(0, 1), found["labels"], found["index"]
+
+
+def measure(network, task, splits, epoch, config):
+    """What is logged after an epoch, and the deployed output (N, C) on validation.
+
+    gap: the generalization gap of Sec. 5.2, error on val_iid minus error on as many training items.
+    gs_harness: the divergence among the members of this run on validation, by both definitions.
+    """
+    networks = members(config.method, config.heads)
+    outputs, labels, _ = predict(network, splits.val, networks, config)
+    accuracies = [task.evaluate(output, labels)["accuracy"] for output in outputs]
+    deployed = deploy(config.method, accuracies, epoch)
+    output = task.average([outputs[k] for k in deployed])
+    seen = splits.train.head(len(splits.val_iid))
+    seen, unseen = (
+        evaluate(network, task, split, deployed, config)[0] for split in (seen, splits.val_iid)
+    )
+    measured = {
+        "val": task.evaluate(output, labels),
+        "gap": seen["accuracy"] - unseen["accuracy"],
+        "deployed": deployed,
+    }
+    if len(networks) > 1:
+        log_p = outputs.log_softmax(dim=2)
+        measured["gs_harness"] = {name: function(log_p) for name, function in GS.items()}
+    return measured, output
+
+
+def evaluate(network, task, split, deployed, config):
+    """Metrics of the deployed network on `split`, and what it predicts, as arrays."""
+    networks = members(config.method, config.heads)
+    outputs, labels, index = predict(network, split, [networks[k] for k in deployed], config)
+    output = task.average(list(outputs))
+    metrics = task.evaluate(output, labels)
+    if len(task.modalities) == 1:
+        metrics[task.modalities[0]] = {"alone": metrics["accuracy"]}
+    predictions = {"index": index, "label": labels, "logits": output}
+    return metrics, {name: tensor.cpu().numpy() for name, tensor in predictions.items()}
+
+
+class Outcome(NamedTuple):
+    """A run: its summary, the arrays of predictions.npz, and the entries of metrics.jsonl."""
+
+    summary: dict
+    predictions: dict
+    history: list
+
+
+def run_method(args, defaults, method, seed, splits, device):
+    """Train and test one method with one seed; a finished run is reported, not trained again."""
+    config = SimpleNamespace(**{**vars(args), "method": method, "seed": seed, "device": device})
+    if method.startswith("unimodal-"):
+        config.fusion = None
+    arguments = {"script": "mhm", "seed": seed, **{k: getattr(config, k) for k in knobs_of(config)}}
+    run = Run(arguments, defaults, splits.sizes, device, args)
+    if run.summary is not None and not args.eval_only:
+        return Outcome(run.summary, run.read_predictions(), run.read_history())
+    task = Classification(config, splits)
+    network = build_network(task, config)
+    if args.eval_only:
+        return Outcome(*test(run, network, task, splits, config), run.history)
+    trace = train(run, network, task, splits, config)
+    summary, predictions = test(run, network, task, splits, config)
+    predictions["val_trace"] = trace.log_p.cpu().numpy()
+    run.finish(summary, predictions, curves(run.history))
+    return Outcome(summary, predictions, run.history)
+
+
+def test(run, network, task, splits, config):
+    """The summary: the test split read once, by the last network and the best on validation."""
+    run.restore({"network": network}, "best.pt")
+    best_epoch = run.best["epoch"]
+    best, _ = evaluate(network, task, splits.test, run.history[-1]["deployed"], config)
+    run.restore({"network": network}, "last.pt")
+    end = run.history[-1]
+    last, predictions = evaluate(network, task, splits.test, end["deployed"], config)
+    seen, _ = evaluate(network, task, splits.train, end["deployed"], config)
+    summary = {
+        **{key: run.arguments[key] for key in ("script", "dataset", "method", "fusion", "seed")},
+        "epochs": config.epochs,
+        "seconds": round(run.seconds, 1),
+        "val": end["val"],
+        "test": last,
+        "best": {"epoch": best_epoch, "val": run.history[best_epoch]["val"], "test": best},
+        "gap": {"val_iid": end["gap"], "test": seen["accuracy"] - last["accuracy"]},
+        "deployed": end["deployed"],
+    }
+    if "gs_harness" in end:
+        summary["gs_harness"] = end["gs_harness"]
+    return summary, predictions
+
+
+def curves(history):
+    """Panels of curves.png: accuracies, generalization gap, and GS-harness where there is one."""
+    panels = {
+        "accuracy (%)": {
+            "train": [epoch["train"]["accuracy"] for epoch in history],
+            "validation": [epoch["val"]["accuracy"] for epoch in history],
+        },
+        "generalization gap (points)": {"val_iid - train": [epoch["gap"] for epoch in history]},
+    }
+    if "gs_harness" in history[0]:
+        values = [epoch["gs_harness"]["pairwise"] for epoch in history]
+        panels["GS-harness (nats)"] = {"validation": values}
+    return panels
+
+
+# ---- Command line ----
+
+COMMON = {"batch_size": 64, "lr": 0.01, "weight_decay": 1e-4, "schedule": "none", "epochs": 20}
+RECIPES = {  # as in pmr.py; the paper has none of these datasets
+    "digits": COMMON,
+    "cg-mnist": {**COMMON, "lr": 1e-3, "schedule": "step", "epochs": 100},
+    "av-digits": {**COMMON, "schedule": "step"},
+}
+METHODS = (
+    *("joint", "mhm", "mhm-no-freeze", "ensemble", "dropout", "shake-shake"),
+    *(*ONE_HEAD, "k-heads-one-set", "head-ensemble", "mmm"),
+)
+COMPARED = ("digits", "av-digits")  # small enough to compare methods when none is named
+GS = {"pairwise": pairwise_divergence, "mean": divergence_from_mean}
+DIGITS = {"GS-harness": 3, "GS": 3, "missing": 3, "hitting": 3}  # decimals in tables
+
+
+def knobs_of(config):
+    """Names of the arguments that decide a run's result, by method."""
+    common = [
+        *("dataset", "data_seed", "train_samples", *DATASETS[config.dataset].dials),
+        *("method", "fusion", "epochs", "batch_size", "optimizer", "lr", "weight_decay"),
+        *("schedule", "precision"),
+    ]
+    if config.method == "shake-shake":
+        return [*common, "branches"]
+    if config.method in ("joint", "dropout") or config.method.startswith("unimodal-"):
+        return common
+    return [*common, "heads"]
+
+
+def parse_args(argv=None):
+    """The command line with the dataset's recipe filled in, and the defaults of all flags."""
+    parser = build_parser(
+        __doc__,
+        method_help=f"{', '.join(METHODS)} (joint is the paper's ETE), unimodal-<modality>; default: "
+        "mhm beside joint, mhm-no-freeze and each modality alone, on large data mhm",
+        fusions=["concat", "sum", "film", "gated"],
+        experiments=list(EXPERIMENTS),
+    )
+    add = parser.add_argument_group("MHM").add_argument
+    heads = number(int, 2)
+    add("--heads", type=heads, default=4, metavar="K", help="heads and folds (%(default)s)")
+    add("--branches", type=heads, default=2, metavar="N", help="of shake-shake (%(default)s)")
+    add(
+        "--gs",
+        choices=list(GS),
+        default="pairwise",
+        help="divergence that GS is: between pairs of networks, or from their mean (%(default)s)",
+    )
+    args = parser.parse_args(argv)
+    defaults = fill_from_recipe(parser, args, RECIPES[args.dataset])
+    args.fusion = args.fusion or "concat"
+    return args, defaults
+
+
+def choose_methods(args, splits):
+    """The methods to run: those named, else a comparison, or MHM alone where data are large."""
+    if args.heads > len(splits.train):
+        raise UserError(
+            f"{len(splits.train)} training samples do not make {args.heads} folds; lower --heads."
+        )
+    unimodal = [f"unimodal-{m}" for m in splits.modalities]
+    compared = [*unimodal, "joint", "mhm-no-freeze", "mhm"]
+    methods = args.method or (compared if args.dataset in COMPARED else ["mhm"])
+    return check_methods(methods, (*METHODS, *unimodal), args.dataset)
+
+
+def run_all(argv):
+    """Run every method with every seed: {"runs": summaries, "table": rows, "outcomes": ...}."""
+    args, defaults = parse_args(argv)
+    device = pick_device(args.device)
+    splits = load_splits(args, device)
+    outcomes = {
+        (method, seed): run_method(args, defaults, method, seed, splits, device)
+        for seed in args.seeds
+        for method in choose_methods(args, splits)
+    }
+    runs = [outcome.summary for outcome in outcomes.values()]
+    table = make_table(runs, outcomes, args)
+    print(f"\n{args.dataset}, test split, percent; best: at the best validation epoch\n")
+    print(f"{format_text(table)}\n\nRuns: {Path(args.out) / 'mhm' / args.dataset}")
+    return {"runs": runs, "table": table, "outcomes": outcomes}
+
+
+def make_table(runs, outcomes, args):
+    """A row for each method, with GS over its seeds, and the ratios of Table 4 if they are known.
+
+    GS (Sec. 5.2): divergence between networks that were trained with other seeds, on the same test
+    items. Missing and hitting ratio need the uni-modal networks of the same seed.
+    """
+    columns = {
+        "test": "test.accuracy",
+        "macro-F1": "test.macro_f1",
+        "best": "best.test.accuracy",
+        "gap (iid)": "gap.val_iid",
+        "gap (test)": "gap.test",
+        "GS-harness": f"gs_harness.{args.gs}",
+    }
+    table = tabulate(runs, columns, DIGITS)
+    correct = {key: correct_items(outcome.predictions) for key, outcome in outcomes.items()}
+    is_unimodal = re.compile("unimodal-").match
+    for row in table:
+        method = row["method"]
+        logits = [outcomes[method, seed].predictions["logits"] for seed in args.seeds]
+        log_p = torch.stack([torch.from_numpy(x) for x in logits]).log_softmax(dim=2)
+        row["GS"] = spread([GS[args.gs](log_p)], DIGITS["GS"]) if len(args.seeds) > 1 else None
+        ratios = {"missing": [], "hitting": []}
+        for seed in args.seeds:
+            alone = [right for (m, s), right in correct.items() if s == seed and is_unimodal(m)]
+            if len(alone) > 1 and not is_unimodal(method):
+                pair = correct[method, seed], torch.stack(alone)
+                ratios["missing"].append(missing_ratio(*pair))
+                ratios["hitting"].append(hitting_ratio(*pair))
+        row |= {name: spread(values, DIGITS[name]) for name, values in ratios.items()}
+    return table
+
+
+def correct_items(predictions):
+    """(N,) bool: which test items are predicted right."""
+    return torch.from_numpy(predictions["logits"].argmax(axis=1) == predictions["label"])
+
+
+# What each table of Sec. 5 compares, and the columns that it shows.
+EXPERIMENTS = {
+    "table3": (("joint", "ensemble", "mhm-no-freeze", "mhm"), ["test", "GS", "GS-harness"]),
+    "table4": (("unimodal", "joint", "mhm"), ["test", "missing", "hitting"]),
+    "table5": (("mhm",), ["test", "GS"]),
+    "table6": (
+        ("joint", *ONE_HEAD, "k-heads-one-set", "mhm", "head-ensemble", "mmm"),
+        ["test", "GS"],
+    ),
+    "figure2": (("joint", "ensemble", "dropout", "shake-shake", "mhm-no-freeze", "mhm"), []),
+}
+
+
+def experiment(args, defaults, argv):
+    """A table or figure of the paper on the chosen dataset; beside it the paper's numbers on AVE.
+
+    Table 3 is made for equal epochs and for K times as many: in an epoch of MHM phi learns from a
+    K-th of the data.
+    """
+    methods, columns = EXPERIMENTS[args.experiment]
+    if "unimodal" in methods:
+        modalities = load_splits(args, torch.device("cpu")).modalities
+        methods = (*(f"unimodal-{m}" for m in modalities), *methods[1:])
+    methods = args.method or list(methods)
+    argv = without_flag(sys.argv[1:] if argv is None else argv, "--experiment")
+    argv = [*argv, "--method", *methods]  # of a flag that is there twice the last one counts
+    calls = [({}, argv)]
+    if args.experiment == "table3":
+        budgets = (args.epochs, args.heads * args.epochs)
+        calls = [({"epochs": n}, [*argv, "--epochs", str(n)]) for n in budgets]
+    if args.experiment == "table5":
+        calls = [({"heads": k}, [*argv, "--heads", str(k)]) for k in (2, 3, 4, 5)]
+        calls.insert(0, ({"heads": 1}, [*argv, "--method", "joint"]))
+    config = SimpleNamespace(**{**vars(args), "method": "mhm"})
+    arguments = {knob: getattr(config, knob) for knob in knobs_of(config)}
+    name = "-".join([args.experiment, *changed_knobs(arguments, defaults)])
+    folder = Path(args.out) / "mhm" / args.dataset / name
+    arguments |= {"method": methods, "seeds": args.seeds, "gs": args.gs}
+    if args.experiment == "figure2":
+        return figure2(run_all(argv), arguments, folder)
+    return run_experiment(
+        run_all,
+        calls,
+        arguments,
+        folder,
+        title=f"{args.experiment.replace('table', 'Table ')} on {args.dataset}; AVE: the paper's",
+        columns=columns,
+        pairs=[(method, "joint") for method in methods if method in METHODS and method != "joint"],
+        paper=lambda row: paper_on_ave(args.experiment, row),
+    )
+
+
+def paper_on_ave(table, row):
+    """The paper's numbers for a row of one of its tables, which are of another dataset."""
+    printed = [line for line in paper_rows("mhm_tables") if line["table"] == table]
+    columns = [name for name in printed[0] if any(line[name] for line in printed)]
+    heads = str(row.get("heads", ""))
+    (found,) = [x for x in printed if (x["method"], x["heads"]) == (row["method"], heads)] or [{}]
+    numbers = [name for name in columns if name not in ("table", "method", "heads")]
+    return {f"{name} on AVE": found.get(name) or None for name in numbers}
+
+
+def figure2(result, arguments, folder):
+    """Fig. 2 by epoch, means over the seeds, on validation in place of the paper's test data."""
+    title = f"Figure 2 on {arguments['dataset']}"
+    panels = {"error": {}, "generalization gap": {}, "GS": {}, "GS-harness": {}}
+    for method in arguments["method"]:
+        outcomes = [result["outcomes"][method, seed] for seed in arguments["seeds"]]
+        panels["error"][method] = [100 - value for value in mean_by_epoch(outcomes, "val.accuracy")]
+        panels["generalization gap"][method] = mean_by_epoch(outcomes, "gap")
+        if len(outcomes) > 1:
+            traces = torch.stack([torch.from_numpy(x.predictions["val_trace"]) for x in outcomes])
+            divergence = GS[arguments["gs"]]
+            panels["GS"][method] = [divergence(log_p) for log_p in traces.unbind(dim=1)]
+        if "gs_harness" in outcomes[0].summary:
+            path = f"gs_harness.{arguments['gs']}"
+            panels["GS-harness"][method] = mean_by_epoch(outcomes, path)
+    panels = {name: curves for name, curves in panels.items() if curves}
+    make_folder(folder)
+    record = {"title": title, "arguments": arguments, "panels": panels, "runs": result["runs"]}
+    write_json(folder / "table.json", record)
+    write_figure(folder / "figure.png", draw_curves(title, panels))
+    print(f"\nCurves and their values: {folder}")
+    return {"runs": result["runs"], "panels": panels}
+
+
+def mean_by_epoch(outcomes, path):
+    """Mean over runs of the number at `path` of metrics.jsonl, for every epoch."""
+    histories = zip(*(outcome.history for outcome in outcomes), strict=True)
+    return [fmean(lookup(entry, path) for entry in entries) for entries in histories]
+
+
+def main(argv=None):
+    """Run the command line; returns the summary of the run, or {"runs": ..., "table": ...}."""
+    args, defaults = parse_args(argv)
+    if args.experiment:
+        return experiment(args, defaults, argv)
+    result = run_all(argv)
+    if len(result["runs"]) == 1:
+        return result["runs"][0]
+    return {"runs": result["runs"], "table": result["table"]}
+
+
+if __name__ == "__main__":
+    run_command(main)
