@@ -1,9 +1,9 @@
 """MHM: Multi-head Modularization (Lee, Park, Yun, Chang, AAAI 2022).
 https://doi.org/10.1609/aaai.v36i7.20698
 
-A network is cut into uni-modal embeddings theta, a multi-modal embedding phi and a head psi. Several
-heads, each with training data of its own, are swapped in turn; while the head learns, phi is frozen,
-and phi learns on the data that this head has not seen. One head is deployed.
+A network is cut into uni-modal embeddings theta, a multi-modal embedding phi and a head psi. Heads
+with training data of their own take turns; while one learns, phi is frozen, and then phi learns, to
+suit this head, on the data that the head has not seen. One head is deployed.
 
     python mhm.py                                               # bundled digits, a minute on a CPU
     python mhm.py --dataset av-digits --method joint mhm --heads 3 --seeds 0 1 2
@@ -14,10 +14,8 @@ runs/mhm/<dataset>/<method>-<fusion>[-<knob>=<value>]-seed<k>/. See docs/mhm.md.
 """
 
 import math
-import re
 import sys
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -32,21 +30,22 @@ from common.command_line import (
     load_splits,
     number,
     run_command,
+    shared_knobs,
 )
-from common.datasets import DATASETS
 from common.encoders import build_encoder, initialize
 from common.errors import UserError
 from common.experiments import (
+    draw_experiment,
+    experiment_folder,
     format_text,
-    lookup,
-    paper_rows,
+    mean_by_epoch,
+    paper_columns,
     run_experiment,
     spread,
     tabulate,
     without_flag,
 )
-from common.figures import draw_curves
-from common.fusion import FUSIONS
+from common.fusion import FUSIONS, ShakeShake, average_probabilities
 from common.metrics import (
     accuracy,
     collect,
@@ -56,19 +55,15 @@ from common.metrics import (
     missing_ratio,
     pairwise_divergence,
 )
+from common.progress import Progress
 from common.seeding import make_generator, seed_phase
 from common.training import (
-    Progress,
     Run,
     autocast,
     build_optimizer,
-    changed_knobs,
-    make_folder,
     pick_device,
     scheduled_lr,
     set_lr,
-    write_figure,
-    write_json,
 )
 
 # ---- Method ----
@@ -172,41 +167,6 @@ def set_trainable(module, trainable):
     for part in module.modules():
         if not trainable and isinstance(part, nn.modules.batchnorm._NormBase):
             part.eval()
-
-
-def average_probabilities(outputs):
-    """Logits (B, C) of several networks -> log of their mean probability; one is left as it is."""
-    if len(outputs) == 1:
-        return outputs[0]
-    log_p = torch.stack([logits.log_softmax(dim=1) for logits in outputs])
-    return log_p.logsumexp(dim=0) - math.log(len(outputs))
-
-
-class ShakeShake(nn.Module):
-    """Gastaldi (2017) on parallel heads: their sum, weighted at random for each sample.
-
-    The weights, uniform among those of sum one, are drawn anew for the backward pass, and equal in
-    evaluation.
-    """
-
-    def __init__(self, heads):
-        super().__init__()
-        self.heads = nn.ModuleList(heads)
-
-    def forward(self, z):
-        outputs = torch.stack([head(z) for head in self.heads])  # (heads, B, C)
-        if not self.training:
-            return outputs.mean(dim=0)
-        alpha, beta = (self.draw_weights(outputs) for _ in range(2))
-        backward = (beta * outputs).sum(dim=0)
-        return backward + ((alpha - beta) * outputs).sum(dim=0).detach()
-
-    @staticmethod
-    def draw_weights(outputs):
-        """(heads, B, 1) weights: exponential draws over their sum."""
-        shape = (*outputs.shape[:2], 1)
-        draw = torch.empty(shape, dtype=outputs.dtype, device=outputs.device).exponential_()
-        return draw / draw.sum(dim=0)
 
 
 # ---- Model ----
@@ -470,22 +430,14 @@ def run_method(args, defaults, method, seed, splits, device):
 def test(run, network, task, splits, config):
     """The summary: the test split read once, by the last network and the best on validation."""
     run.restore({"network": network}, "best.pt")
-    best_epoch = run.best["epoch"]
     best, _ = evaluate(network, task, splits.test, run.history[-1]["deployed"], config)
     run.restore({"network": network}, "last.pt")
     end = run.history[-1]
     last, predictions = evaluate(network, task, splits.test, end["deployed"], config)
     seen, _ = evaluate(network, task, splits.train, end["deployed"], config)
-    summary = {
-        **{key: run.arguments[key] for key in ("script", "dataset", "method", "fusion", "seed")},
-        "epochs": config.epochs,
-        "seconds": round(run.seconds, 1),
-        "val": end["val"],
-        "test": last,
-        "best": {"epoch": best_epoch, "val": run.history[best_epoch]["val"], "test": best},
-        "gap": {"val_iid": end["gap"], "test": seen["accuracy"] - last["accuracy"]},
-        "deployed": end["deployed"],
-    }
+    summary = run.summarize(last, best)
+    summary["gap"] = {"val_iid": end["gap"], "test": seen["accuracy"] - last["accuracy"]}
+    summary["deployed"] = end["deployed"]
     if "gs_harness" in end:
         summary["gs_harness"] = end["gs_harness"]
     return summary, predictions
@@ -525,11 +477,7 @@ DIGITS = {"GS-harness": 3, "GS": 3, "missing": 3, "hitting": 3}  # decimals in t
 
 def knobs_of(config):
     """Names of the arguments that decide a run's result, by method."""
-    common = [
-        *("dataset", "data_seed", "train_samples", *DATASETS[config.dataset].dials),
-        *("method", "fusion", "epochs", "batch_size", "optimizer", "lr", "weight_decay"),
-        *("schedule", "precision"),
-    ]
+    common = shared_knobs(config.dataset)
     if config.method == "shake-shake":
         return [*common, "branches"]
     if config.method in ("joint", "dropout") or config.method.startswith("unimodal-"):
@@ -541,8 +489,8 @@ def parse_args(argv=None):
     """The command line with the dataset's recipe filled in, and the defaults of all flags."""
     parser = build_parser(
         __doc__,
-        method_help=f"{', '.join(METHODS)} (joint is the paper's ETE), unimodal-<modality>; default: "
-        "mhm beside joint, mhm-no-freeze and each modality alone, on large data mhm",
+        method_help=f"{', '.join(METHODS)} (joint is the paper's ETE), unimodal-<modality>; "
+        "default: mhm beside joint, mhm-no-freeze and each modality alone, on large data mhm",
         fusions=["concat", "sum", "film", "gated"],
         experiments=list(EXPERIMENTS),
     )
@@ -585,18 +533,6 @@ def run_all(argv):
         for method in choose_methods(args, splits)
     }
     runs = [outcome.summary for outcome in outcomes.values()]
-    table = make_table(runs, outcomes, args)
-    print(f"\n{args.dataset}, test split, percent; best: at the best validation epoch\n")
-    print(f"{format_text(table)}\n\nRuns: {Path(args.out) / 'mhm' / args.dataset}")
-    return {"runs": runs, "table": table, "outcomes": outcomes}
-
-
-def make_table(runs, outcomes, args):
-    """A row for each method, with GS over its seeds, and the ratios of Table 4 if they are known.
-
-    GS (Sec. 5.2): divergence between networks that were trained with other seeds, on the same test
-    items. Missing and hitting ratio need the uni-modal networks of the same seed.
-    """
     columns = {
         "test": "test.accuracy",
         "macro-F1": "test.macro_f1",
@@ -606,39 +542,47 @@ def make_table(runs, outcomes, args):
         "GS-harness": f"gs_harness.{args.gs}",
     }
     table = tabulate(runs, columns, DIGITS)
-    correct = {key: correct_items(outcome.predictions) for key, outcome in outcomes.items()}
-    is_unimodal = re.compile("unimodal-").match
     for row in table:
-        method = row["method"]
-        logits = [outcomes[method, seed].predictions["logits"] for seed in args.seeds]
-        log_p = torch.stack([torch.from_numpy(x) for x in logits]).log_softmax(dim=2)
-        row["GS"] = spread([GS[args.gs](log_p)], DIGITS["GS"]) if len(args.seeds) > 1 else None
-        ratios = {"missing": [], "hitting": []}
-        for seed in args.seeds:
-            alone = [right for (m, s), right in correct.items() if s == seed and is_unimodal(m)]
-            if len(alone) > 1 and not is_unimodal(method):
-                pair = correct[method, seed], torch.stack(alone)
-                ratios["missing"].append(missing_ratio(*pair))
-                ratios["hitting"].append(hitting_ratio(*pair))
-        row |= {name: spread(values, DIGITS[name]) for name, values in ratios.items()}
-    return table
+        row |= compare_networks(row["method"], outcomes, args)
+    print(f"\n{args.dataset}, test split, percent; best: at the best validation epoch\n")
+    print(f"{format_text(table)}\n\nRuns: {Path(args.out) / 'mhm' / args.dataset}")
+    return {"runs": runs, "table": table, "outcomes": outcomes}
 
 
-def correct_items(predictions):
-    """(N,) bool: which test items are predicted right."""
-    return torch.from_numpy(predictions["logits"].argmax(axis=1) == predictions["label"])
+def compare_networks(method, outcomes, args):
+    """The columns of a method that are about several networks and the same test items.
+
+    GS (Sec. 5.2): the divergence between the networks that different seeds gave. Missing and
+    hitting ratio (Table 4): seed by seed against the uni-modal networks, if they were run too.
+    """
+    predictions = {key: outcome.predictions for key, outcome in outcomes.items()}
+    gs, missing, hitting = [], [], []
+    if len(args.seeds) > 1:
+        logits = [torch.from_numpy(predictions[method, seed]["logits"]) for seed in args.seeds]
+        gs = [GS[args.gs](torch.stack(logits).log_softmax(dim=2))]
+    correct = {
+        key: torch.from_numpy(found["logits"].argmax(axis=1) == found["label"])
+        for key, found in predictions.items()
+    }
+    for seed in args.seeds:
+        alone = [right for (m, s), right in correct.items() if s == seed and "unimodal-" in m]
+        if len(alone) > 1 and "unimodal-" not in method:
+            missing.append(missing_ratio(correct[method, seed], torch.stack(alone)))
+            hitting.append(hitting_ratio(correct[method, seed], torch.stack(alone)))
+    measured = {"GS": gs, "missing": missing, "hitting": hitting}
+    return {name: spread(values, DIGITS[name]) for name, values in measured.items()}
 
 
 # What each table of Sec. 5 compares, and the columns that it shows.
 EXPERIMENTS = {
-    "table3": (("joint", "ensemble", "mhm-no-freeze", "mhm"), ["test", "GS", "GS-harness"]),
-    "table4": (("unimodal", "joint", "mhm"), ["test", "missing", "hitting"]),
-    "table5": (("mhm",), ["test", "GS"]),
+    "table3": (["joint", "ensemble", "mhm-no-freeze", "mhm"], ["test", "GS", "GS-harness"]),
+    "table4": (["unimodal", "joint", "mhm"], ["test", "missing", "hitting"]),
+    "table5": (["mhm"], ["test", "GS"]),
     "table6": (
-        ("joint", *ONE_HEAD, "k-heads-one-set", "mhm", "head-ensemble", "mmm"),
+        ["joint", *ONE_HEAD, "k-heads-one-set", "mhm", "head-ensemble", "mmm"],
         ["test", "GS"],
     ),
-    "figure2": (("joint", "ensemble", "dropout", "shake-shake", "mhm-no-freeze", "mhm"), []),
+    "figure2": (["joint", "ensemble", "dropout", "shake-shake", "mhm-no-freeze", "mhm"], []),
 }
 
 
@@ -651,8 +595,8 @@ def experiment(args, defaults, argv):
     methods, columns = EXPERIMENTS[args.experiment]
     if "unimodal" in methods:
         modalities = load_splits(args, torch.device("cpu")).modalities
-        methods = (*(f"unimodal-{m}" for m in modalities), *methods[1:])
-    methods = args.method or list(methods)
+        methods = [*(f"unimodal-{m}" for m in modalities), *methods[1:]]
+    methods = args.method or methods
     argv = without_flag(sys.argv[1:] if argv is None else argv, "--experiment")
     argv = [*argv, "--method", *methods]  # of a flag that is there twice the last one counts
     calls = [({}, argv)]
@@ -664,61 +608,40 @@ def experiment(args, defaults, argv):
         calls.insert(0, ({"heads": 1}, [*argv, "--method", "joint"]))
     config = SimpleNamespace(**{**vars(args), "method": "mhm"})
     arguments = {knob: getattr(config, knob) for knob in knobs_of(config)}
-    name = "-".join([args.experiment, *changed_knobs(arguments, defaults)])
-    folder = Path(args.out) / "mhm" / args.dataset / name
+    folder = experiment_folder("mhm", args, arguments, defaults)
     arguments |= {"method": methods, "seeds": args.seeds, "gs": args.gs}
     if args.experiment == "figure2":
-        return figure2(run_all(argv), arguments, folder)
+        result = run_all(argv)
+        return draw_experiment(result, figure2(result, args, methods), arguments, folder)
     return run_experiment(
         run_all,
         calls,
         arguments,
         folder,
-        title=f"{args.experiment.replace('table', 'Table ')} on {args.dataset}; AVE: the paper's",
+        title=f"{args.experiment.replace('table', 'Table ')} on {args.dataset}",
         columns=columns,
         pairs=[(method, "joint") for method in methods if method in METHODS and method != "joint"],
-        paper=lambda row: paper_on_ave(args.experiment, row),
+        paper=lambda row: paper_columns("mhm_tables", args.experiment, row, "on AVE"),
     )
 
 
-def paper_on_ave(table, row):
-    """The paper's numbers for a row of one of its tables, which are of another dataset."""
-    printed = [line for line in paper_rows("mhm_tables") if line["table"] == table]
-    columns = [name for name in printed[0] if any(line[name] for line in printed)]
-    heads = str(row.get("heads", ""))
-    (found,) = [x for x in printed if (x["method"], x["heads"]) == (row["method"], heads)] or [{}]
-    numbers = [name for name in columns if name not in ("table", "method", "heads")]
-    return {f"{name} on AVE": found.get(name) or None for name in numbers}
-
-
-def figure2(result, arguments, folder):
-    """Fig. 2 by epoch, means over the seeds, on validation in place of the paper's test data."""
-    title = f"Figure 2 on {arguments['dataset']}"
-    panels = {"error": {}, "generalization gap": {}, "GS": {}, "GS-harness": {}}
-    for method in arguments["method"]:
-        outcomes = [result["outcomes"][method, seed] for seed in arguments["seeds"]]
-        panels["error"][method] = [100 - value for value in mean_by_epoch(outcomes, "val.accuracy")]
-        panels["generalization gap"][method] = mean_by_epoch(outcomes, "gap")
+def figure2(result, args, methods):
+    """Fig. 2 by epoch, means over seeds, on validation in place of the paper's test data."""
+    panels = {"error (%)": {}, "generalization gap (points)": {}, "GS": {}, "GS-harness": {}}
+    for method in methods:
+        outcomes = [result["outcomes"][method, seed] for seed in args.seeds]
+        right, gap, harness = (
+            mean_by_epoch([outcome.history for outcome in outcomes], path)
+            for path in ("val.accuracy", "gap", f"gs_harness.{args.gs}")
+        )
+        traces = torch.stack([torch.from_numpy(x.predictions["val_trace"]) for x in outcomes])
+        panels["error (%)"][method] = [100 - accuracy for accuracy in right]
+        panels["generalization gap (points)"][method] = gap
         if len(outcomes) > 1:
-            traces = torch.stack([torch.from_numpy(x.predictions["val_trace"]) for x in outcomes])
-            divergence = GS[arguments["gs"]]
-            panels["GS"][method] = [divergence(log_p) for log_p in traces.unbind(dim=1)]
-        if "gs_harness" in outcomes[0].summary:
-            path = f"gs_harness.{arguments['gs']}"
-            panels["GS-harness"][method] = mean_by_epoch(outcomes, path)
-    panels = {name: curves for name, curves in panels.items() if curves}
-    make_folder(folder)
-    record = {"title": title, "arguments": arguments, "panels": panels, "runs": result["runs"]}
-    write_json(folder / "table.json", record)
-    write_figure(folder / "figure.png", draw_curves(title, panels))
-    print(f"\nCurves and their values: {folder}")
-    return {"runs": result["runs"], "panels": panels}
-
-
-def mean_by_epoch(outcomes, path):
-    """Mean over runs of the number at `path` of metrics.jsonl, for every epoch."""
-    histories = zip(*(outcome.history for outcome in outcomes), strict=True)
-    return [fmean(lookup(entry, path) for entry in entries) for entries in histories]
+            panels["GS"][method] = [GS[args.gs](log_p) for log_p in traces.unbind(dim=1)]
+        if harness:
+            panels["GS-harness"][method] = harness
+    return {name: curves for name, curves in panels.items() if curves}
 
 
 def main(argv=None):
@@ -727,9 +650,8 @@ def main(argv=None):
     if args.experiment:
         return experiment(args, defaults, argv)
     result = run_all(argv)
-    if len(result["runs"]) == 1:
-        return result["runs"][0]
-    return {"runs": result["runs"], "table": result["table"]}
+    del result["outcomes"]
+    return result["runs"][0] if len(result["runs"]) == 1 else result
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ from common.command_line import (
     load_splits,
     number,
     run_command,
+    shared_knobs,
 )
-from common.datasets import DATASETS
 from common.encoders import build_encoder
 from common.errors import UserError
 from common.experiments import (
+    experiment_folder,
     format_text,
     paper_numbers,
     run_experiment,
@@ -43,13 +44,12 @@ from common.experiments import (
 )
 from common.fusion import FUSIONS, Sum
 from common.metrics import accuracy, collect, macro_f1
+from common.progress import Progress
 from common.seeding import make_generator, seed_phase
 from common.training import (
-    Progress,
     Run,
     autocast,
     build_optimizer,
-    changed_knobs,
     pick_device,
     scheduled_lr,
     set_lr,
@@ -353,15 +353,7 @@ def test(run, model, splits, config):
     best, _ = evaluate(model, splits.test, subset, config)
     run.restore({"model": model}, "last.pt")
     last, predictions = evaluate(model, splits.test, subset, config)
-    best_epoch = run.best["epoch"]
-    summary = {
-        **{key: run.arguments[key] for key in ("script", "dataset", "method", "fusion", "seed")},
-        "epochs": config.epochs,
-        "seconds": round(run.seconds, 1),
-        "val": run.history[-1]["val"],
-        "test": last,
-        "best": {"epoch": best_epoch, "val": run.history[best_epoch]["val"], "test": best},
-    }
+    summary = run.summarize(last, best)
     if "rho" in run.history[-1]["train"]:
         summary["rho"] = run.history[-1]["train"]["rho"]
     return summary, predictions
@@ -408,11 +400,7 @@ COMPARED = ("digits", "av-digits")  # small enough to compare methods when none 
 
 def knobs_of(config):
     """Names of the arguments that decide a run's result, by method."""
-    common = [
-        *("dataset", "data_seed", "train_samples", *DATASETS[config.dataset].dials),
-        *("method", "fusion", "epochs", "batch_size", "optimizer", "lr", "weight_decay"),
-        *("schedule", "precision"),
-    ]
+    common = shared_knobs(config.dataset)
     if config.method.startswith("unimodal-"):
         return common
     common += ["subset_fraction", "momentum_epsilon"]  # joint training watches prototypes too
@@ -496,13 +484,13 @@ def table1(args, defaults, argv):
     printed = {key: float(row[args.dataset]) for key, row in paper.items() if args.dataset in row}
     config = SimpleNamespace(**{**vars(args), "method": "pmr"})
     arguments = {knob: getattr(config, knob) for knob in knobs_of(config)}
-    name = "-".join(["table1", *changed_knobs(arguments, defaults)])
+    folder = experiment_folder("pmr", args, arguments, defaults)
     arguments |= {"method": [*alone, *fused], "fusion": args.fusions, "seeds": args.seeds}
     return run_experiment(
         run_all,
         calls,
         arguments,
-        folder=Path(args.out) / "pmr" / args.dataset / name,
+        folder,
         title=f"Table 1 on {args.dataset}, test accuracy in percent",
         pairs=[("pmr", "joint"), ("pmr-no-per", "joint")],
         paper=printed and (lambda row: {"paper": printed.get((row["method"], row["fusion"]))}),

@@ -113,6 +113,15 @@ def fill_from_recipe(parser, args, recipe):
     return defaults
 
 
+def shared_knobs(dataset):
+    """Names of the shared flags that decide a run's result, whatever the script."""
+    return [
+        *("dataset", "data_seed", "train_samples", *DATASETS[dataset].dials),
+        *("method", "fusion", "epochs", "batch_size", "optimizer", "lr", "weight_decay"),
+        *("schedule", "precision"),
+    ]
+
+
 def load_splits(args, device):
     """The dataset that the command line names, with its dials."""
     dials = {dial: getattr(args, dial) for dial in DATASETS[args.dataset].dials}

@@ -13,8 +13,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from .figures import draw_bars
-from .training import make_folder, read_json, write_figure, write_json
+from .figures import draw_bars, draw_curves
+from .training import changed_knobs, make_folder, read_json, write_figure, write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -147,6 +147,44 @@ def paper_numbers(name):
     return {(row["method"], row["fusion"] or None): row for row in paper_rows(name)}
 
 
+def paper_columns(name, table, row, note):
+    """The numbers of results/paper/<name>.csv for a row of one of its tables, as columns.
+
+    A line of the file belongs to a `table` and a `method`, and where it names `heads` to those.
+    note: said in the columns' titles, e.g. that the numbers are of another dataset.
+    """
+    lines = [line for line in paper_rows(name) if line["table"] == table]
+    key = (row["method"], str(row.get("heads", "")))
+    found = next((line for line in lines if (line["method"], line["heads"]) == key), {})
+    numbers = [column for column in lines[0] if any(line[column] for line in lines)]
+    numbers = [column for column in numbers if column not in ("table", "method", "heads")]
+    return {f"{column} {note}": found.get(column) or None for column in numbers}
+
+
+def mean_by_epoch(histories, path):
+    """Mean over runs of the number at `path` in their histories for each epoch; [] if not there."""
+    epochs = zip(*histories, strict=True)
+    values = [[lookup(entry, path) for entry in entries] for entries in epochs]
+    return [] if None in values[0] else [statistics.fmean(value) for value in values]
+
+
+def draw_experiment(result, panels, arguments, folder):
+    """Write curves by epoch, panel -> method -> values: table.json and figure.png in `folder`."""
+    title = f"{folder.name} on {arguments['dataset']}"
+    record = {"title": title, "arguments": arguments, "panels": panels, "runs": result["runs"]}
+    make_folder(folder)
+    write_json(folder / "table.json", record)
+    write_figure(folder / "figure.png", draw_curves(title, panels))
+    print(f"\nCurves and their values: {folder}")
+    return {"runs": result["runs"], "panels": panels}
+
+
+def experiment_folder(script, args, arguments, defaults):
+    """<out>/<script>/<dataset>/<experiment>[-<knob>=<value> where not default]."""
+    name = "-".join([args.experiment, *changed_knobs(arguments, defaults)])
+    return Path(args.out) / script / args.dataset / name
+
+
 def run_experiment(run_all, calls, arguments, folder, title, columns=None, pairs=(), paper=None):
     """Run every part of a grid and write table.json and figure.png in `folder`.
 
@@ -163,7 +201,7 @@ def run_experiment(run_all, calls, arguments, folder, title, columns=None, pairs
         result = run_all(argv)
         runs += result["runs"]
         for row in result["table"]:
-            shown = {key: row[key] for key in row if not columns or key in columns}
+            shown = {key: row[key] for key in columns or row}
             row = {"method": row["method"], **fields, "fusion": row["fusion"], **shown}
             table.append({**row, **(paper(row) if paper else {})})
     differences = [row for pair in pairs for row in paired_differences(runs, *pair)]

@@ -2,8 +2,10 @@
 
 Every head is built as `Head(dims, num_classes)` with dims = modality -> D, is called with
 features = modality -> (B, D), and gives (B, C). `unimodal_logits` tells what each modality alone
-adds to them, where the head can be split.
+adds to them, where the head can be split. At the end of the file: several heads together.
 """
+
+import math
 
 import torch
 import torch.nn as nn
@@ -113,3 +115,41 @@ class Gated(TwoModalityFusion):
 
 
 FUSIONS = {"sum": Sum, "concat": Concat, "film": FiLM, "gated": Gated}
+
+
+# ---- Several heads together ----
+
+
+def average_probabilities(outputs):
+    """Logits (B, C) of several networks -> log of their mean probability; one is left as it is."""
+    if len(outputs) == 1:
+        return outputs[0]
+    log_p = torch.stack([logits.log_softmax(dim=1) for logits in outputs])
+    return log_p.logsumexp(dim=0) - math.log(len(outputs))
+
+
+class ShakeShake(nn.Module):
+    """Gastaldi (2017) on parallel heads: their sum, weighted at random for each sample.
+
+    The weights, uniform among those of sum one, are drawn anew for the backward pass, and equal in
+    evaluation.
+    """
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, z):
+        outputs = torch.stack([head(z) for head in self.heads])  # (heads, B, C)
+        if not self.training:
+            return outputs.mean(dim=0)
+        alpha, beta = (self.draw_weights(outputs) for _ in range(2))
+        backward = (beta * outputs).sum(dim=0)
+        return backward + ((alpha - beta) * outputs).sum(dim=0).detach()
+
+    @staticmethod
+    def draw_weights(outputs):
+        """(heads, B, 1) weights: exponential draws over their sum."""
+        shape = (*outputs.shape[:2], 1)
+        draw = torch.empty(shape, dtype=outputs.dtype, device=outputs.device).exponential_()
+        return draw / draw.sum(dim=0)

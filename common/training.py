@@ -10,14 +10,12 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .errors import UserError
 from .figures import draw_curves
@@ -71,41 +69,6 @@ def set_lr(optimizer, lr):
     """Give every parameter group of `optimizer` the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-# ---- Progress ----
-
-
-class Progress:
-    """A tqdm bar over the steps of a run, on stderr if that is a terminal.
-
-    After the first steps of a run that will take over a minute, one line says for how long.
-    """
-
-    FIRST_STEPS = 30
-
-    def __init__(self, label, epochs, steps_per_epoch, first_epoch=0):
-        self.label = label
-        total, done = epochs * steps_per_epoch, first_epoch * steps_per_epoch
-        self.bar = tqdm(
-            desc=label, total=total, initial=done, disable=not sys.stderr.isatty(), leave=False
-        )
-        self.steps_left = total - done
-        self.steps, self.start = 0, time.perf_counter()
-
-    def __call__(self, batches):
-        """Pass `batches` on, counting them."""
-        for batch in batches:
-            yield batch
-            self.bar.update()
-            self.steps += 1
-            if self.steps == self.FIRST_STEPS:
-                minutes = (time.perf_counter() - self.start) / self.steps * self.steps_left / 60
-                if minutes > 1:
-                    self.bar.write(f"{self.label}: about {minutes:.0f} min", file=sys.stderr)
-
-    def close(self):
-        self.bar.close()
 
 
 # ---- Run folder ----
@@ -369,6 +332,21 @@ class Run:
                 f"The loss of {self.label} became {loss} in epoch {epoch}; {kept}. Try a lower "
                 "--lr."
             )
+
+    def summarize(self, last, best):
+        """What every summary holds; last, best: metrics of the test split by last.pt and best.pt.
+
+        After `restore` of last.pt.
+        """
+        named = ("script", "dataset", "method", "fusion", "seed", "epochs")
+        best_epoch = self.best["epoch"]
+        return {
+            **{key: self.arguments[key] for key in named},
+            "seconds": round(self.seconds, 1),
+            "val": self.history[-1]["val"],
+            "test": last,
+            "best": {"epoch": best_epoch, "val": self.history[best_epoch]["val"], "test": best},
+        }
 
     def finish(self, summary, predictions, curves):
         """Write predictions.npz, curves.png and, last of all, summary.json."""

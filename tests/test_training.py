@@ -22,7 +22,7 @@ import torch.nn as nn
 from conftest import ROOT
 
 import pmr
-from common import seeding, training
+from common import progress, seeding, training
 from common.command_line import run_command
 from common.errors import UserError
 
@@ -735,17 +735,17 @@ def test_phase_sets_the_global_generator_whatever_was_drawn_before():
 def run_progress(monkeypatch, seconds_per_step, steps, first_epoch=0, epochs=10):
     """A run of `epochs` by a clock that each step moves on."""
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
 
     def batches():
         for step in range(steps):
             clock.now += seconds_per_step
             yield step
 
-    progress = training.Progress("pmr-seed0", epochs, steps, first_epoch)
+    bar = progress.Progress("pmr-seed0", epochs, steps, first_epoch)
     for _ in range(first_epoch, epochs):
-        assert list(progress(batches())) == list(range(steps))
-    progress.close()
+        assert list(bar(batches())) == list(range(steps))
+    bar.close()
 
 
 def test_long_run_says_once_how_long_it_takes(monkeypatch, capsys):
@@ -770,9 +770,9 @@ def test_terminal_gets_a_bar(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = training.Progress("pmr-seed0", 1, 5)
-    list(progress(range(5)))
-    progress.close()
+    bar = progress.Progress("pmr-seed0", 1, 5)
+    list(bar(range(5)))
+    bar.close()
     assert "pmr-seed0" in terminal.getvalue()
 
 
