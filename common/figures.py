@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -118,5 +119,7 @@ def draw_error_bars(rows):
         axis.set_xticks(range(len(seen)), [f"{name} {fusion}" for _, name, fusion in seen])
         axis.tick_params(axis="x", rotation=60)
         axis.set(title=dataset, ylabel="test error (%)")
-        axis.legend([Patch(color=color) for color in COLORS.values()], list(COLORS))
+        handles = [Patch(color=color) for color in COLORS.values()]
+        handles.append(Line2D([], [], color="k", marker="D", linestyle=""))
+        axis.legend(handles, [*COLORS, "paper"])
     return figure
