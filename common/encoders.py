@@ -9,14 +9,16 @@ import torch.nn as nn
 class Encoder(nn.Module):
     """`stages` map (B, C, H, W) to (B, C', H', W') in turn; `pool` ends in features (B, dim).
 
-    The stages are a list so that a fusion block such as MMTM can stand between two of them.
+    The stages are a list so that a fusion block such as MMTM can stand between two of them;
+    channels: C' after each stage.
     """
 
-    def __init__(self, stages, pool, dim):
+    def __init__(self, stages, pool, dim, channels):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.pool = pool
         self.dim = dim
+        self.channels = channels
 
     def forward(self, x):
         for stage in self.stages:
@@ -56,7 +58,8 @@ class CNN(Encoder):
         pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         if dim is not None:
             pool.append(nn.Linear(64, dim))
-        super().__init__([nn.Sequential(*layers) for layers in stages], pool, dim or 64)
+        stages = [nn.Sequential(*layers) for layers in stages]
+        super().__init__(stages, pool, dim or 64, channels=(32, 32, 64, 64))
         self.apply(initialize)
 
 
@@ -77,6 +80,9 @@ ENCODERS: dict[str, Callable] = {
 }
 
 
-def build_encoder(dataset, shape):
-    """The encoder for one modality of `dataset`, whose inputs have `shape` (C, H, W)."""
-    return ENCODERS[dataset](shape[0])
+def build_encoder(dataset, shape, **options):
+    """The encoder for one modality of `dataset`, whose inputs have `shape` (C, H, W).
+
+    options: as for the encoder's class, in place of the dataset's.
+    """
+    return ENCODERS[dataset](shape[0], **options)

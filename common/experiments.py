@@ -13,14 +13,20 @@ import statistics
 import sys
 from pathlib import Path
 
-from .figures import draw_bars, draw_curves
+import torch
+
+from .figures import draw_bars, draw_curves, draw_distributions, draw_trends
+from .seeding import make_generator
 from .training import changed_knobs, make_folder, read_json, write_figure, write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 
 
 def lookup(summary, path):
-    """The number at a dotted `path` such as "test.gray.head", or None."""
+    """The number at a dotted `path` such as "test.gray.head", or None; "|path|": its magnitude."""
+    if path.startswith("|"):
+        value = lookup(summary, path.strip("|"))
+        return None if value is None else abs(value)
     for key in path.split("."):
         summary = summary.get(key) if isinstance(summary, dict) else None
     return summary
@@ -147,7 +153,7 @@ def paper_numbers(name):
     return {(row["method"], row["fusion"] or None): row for row in paper_rows(name)}
 
 
-def paper_columns(name, table, row, note):
+def paper_columns(name, table, row, note="(paper)"):
     """The numbers of results/paper/<name>.csv for a row of one of its tables, as columns.
 
     A line of the file belongs to a `table` and a `method`, and where it names `heads` to those.
@@ -179,21 +185,74 @@ def draw_experiment(result, panels, arguments, folder):
     return {"runs": result["runs"], "panels": panels}
 
 
+def log_uniform(count, low, high):
+    """`count` numbers from `low` to `high`, uniform in their logarithm; always the same ones."""
+    draw = torch.rand(count, generator=make_generator("log-uniform"), dtype=torch.float64)
+    return [float(f"{low * (high / low) ** x:.3g}") for x in draw.tolist()]
+
+
+def as_flags(knobs):
+    """{"l1": 0.1} -> ["--l1", "0.1"]."""
+    return [word for knob, value in knobs.items() for word in (f"--{knob}", str(value))]
+
+
+def correlate(runs, path, other):
+    """Pearson's correlation over runs of two numbers in their summaries; None if one is fixed."""
+    pairs = [(lookup(run, path), lookup(run, other)) for run in runs]
+    columns = list(zip(*(pair for pair in pairs if None not in pair), strict=True))
+    if not columns or min(len(set(column)) for column in columns) < 2:
+        return None
+    return round(statistics.correlation(*columns), 2)
+
+
+def distributions(paths):
+    """For `run_experiment`: a figure of the numbers at `paths` of every run, by method."""
+
+    def figure(title, rows, runs):
+        methods = dict.fromkeys(run["method"] for run in runs)
+        values = {m: [run for run in runs if run["method"] == m] for m in methods}
+        panels = {
+            path: {m: [lookup(run, path) for run in found] for m, found in values.items()}
+            for path in paths
+        }
+        return draw_distributions(title, panels)
+
+    return figure
+
+
+def trends(knobs):
+    """For `run_experiment`: a figure of the table's columns against each of its `knobs`."""
+    return lambda title, rows, runs: draw_trends(title, rows, knobs)
+
+
 def experiment_folder(script, args, arguments, defaults):
     """<out>/<script>/<dataset>/<experiment>[-<knob>=<value> where not default]."""
     name = "-".join([args.experiment, *changed_knobs(arguments, defaults)])
     return Path(args.out) / script / args.dataset / name
 
 
-def run_experiment(run_all, calls, arguments, folder, title, columns=None, pairs=(), paper=None):
+def run_experiment(
+    run_all,
+    calls,
+    arguments,
+    folder,
+    title,
+    columns=None,
+    pairs=(),
+    paper=None,
+    pool=None,
+    figure=None,
+):
     """Run every part of a grid and write table.json and figure.png in `folder`.
 
     run_all:   argument list -> {"runs": summaries, "table": rows}.
     calls:     pairs (fields, argument list); fields such as {"epochs": 80} are put in its rows.
     arguments: what the table is of, written into table.json.
-    columns:   the columns of its rows that are shown, also as a figure; default: all, and `test`.
+    columns:   the columns of its rows that are shown; default: all.
     pairs:     (method, reference) to compare seed by seed.
     paper:     row -> columns with the paper's numbers, to stand at its end.
+    pool:      summaries -> rows, in place of the rows of the parts.
+    figure:    title, rows, summaries -> figure; default: bars of `columns`, or of `test`.
     Returns {"runs": summaries, "table": rows}.
     """
     runs, table = [], []
@@ -204,13 +263,17 @@ def run_experiment(run_all, calls, arguments, folder, title, columns=None, pairs
             shown = {key: row[key] for key in columns or row}
             row = {"method": row["method"], **fields, "fusion": row["fusion"], **shown}
             table.append({**row, **(paper(row) if paper else {})})
+    table = pool(runs) if pool else table
     differences = [row for pair in pairs for row in paired_differences(runs, *pair)]
     record = {"title": title, "arguments": arguments, "rows": table, "paired": differences}
     record["runs"] = runs
+    if figure:
+        drawn = figure(title, table, runs)
+    else:
+        drawn = draw_bars(title, table, columns or ["test"], fields=list(calls[0][0]))
     make_folder(folder)
     write_json(folder / "table.json", record)
-    figure = draw_bars(title, table, columns or ["test"], fields=list(calls[0][0]))
-    write_figure(folder / "figure.png", figure)
+    write_figure(folder / "figure.png", drawn)
     print(f"\n{title}\n\n{format_text(table)}\n")
     for row in differences:
         print(describe_difference(row))

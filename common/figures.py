@@ -1,5 +1,7 @@
 """Figures: curves by epoch for a run, bars with their spread for an experiment."""
 
+from itertools import groupby
+
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -8,17 +10,82 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 
-def draw_curves(title, panels):
-    """One panel for each entry of `panels`, y-label -> {legend: one value an epoch}."""
-    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (name, curves) in zip(axes, panels.items(), strict=True):
+def draw_curves(title, panels, steps=None):
+    """One panel for each entry of `panels`, y-label -> {legend: one value an epoch}.
+
+    steps: for a last panel by training step, {"d_speed": values, "curated": modality or None}.
+    """
+    count = len(panels) + (steps is not None)
+    figure = Figure(figsize=(5 * count, 3.5), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    if steps:
+        draw_steps(axes[-1], **steps)
+    for axis, (name, curves) in zip(axes, panels.items(), strict=False):
         for label, values in curves.items():
             axis.plot(range(1, len(values) + 1), values, label=label, marker=".")
         axis.set(xlabel="epoch", ylabel=name)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+def draw_steps(axis, d_speed, curated):
+    """d_speed by training step; the steps that curate a modality are shaded in its color."""
+    axis.plot(range(1, len(d_speed) + 1), d_speed, "k", linewidth=1, label="d_speed")
+    start = 0
+    for modality, group in groupby(curated):
+        end = start + len(list(group))
+        if modality:
+            color = f"C{sorted(set(filter(None, curated))).index(modality)}"
+            known = axis.get_legend_handles_labels()[1]
+            label = None if f"{modality} curated" in known else f"{modality} curated"
+            axis.axvspan(start + 0.5, end + 0.5, color=color, alpha=0.25, linewidth=0, label=label)
+        start = end
+    axis.set(xlabel="step", ylabel="d_speed")
+    axis.legend(fontsize="small")
+
+
+def draw_distributions(title, panels):
+    """A panel for each quantity, with the values of every method as points and their mean.
+
+    panels: quantity -> method -> values.
+    """
+    figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, values_by_method) in zip(axes, panels.items(), strict=True):
+        for x, values in enumerate(values_by_method.values()):
+            shifts = np.linspace(-0.3, 0.3, len(values)) if len(values) > 1 else [0]
+            axis.scatter(x + np.array(shifts), values, s=8, color=f"C{x}", alpha=0.7)
+            axis.hlines(np.mean(values), x - 0.4, x + 0.4, color="k")
+        axis.axhline(0, color="gray", linewidth=0.5)
+        axis.set_xticks(range(len(values_by_method)), list(values_by_method))
+        axis.set_ylabel(name)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_trends(title, rows, knobs):
+    """Columns of a table against its knobs: a row of panels for each knob, others being equal.
+
+    Panels show every column of `rows` that is a mean with its standard deviation.
+    """
+    columns = [name for name, value in rows[0].items() if isinstance(value, dict)]
+    figure = Figure(figsize=(3.5 * len(columns), 3 * len(knobs)), layout="constrained")
+    axes = figure.subplots(len(knobs), len(columns), squeeze=False)
+    for line, knob in zip(axes, knobs, strict=True):
+        others = [[row[k] for k in ("method", *knobs) if k != knob] for row in rows]
+        most = max(others, key=others.count)
+        along = [row for row, other in zip(rows, others, strict=True) if other == most]
+        along.sort(key=lambda row: row[knob])
+        for axis, column in zip(line, columns, strict=True):
+            x = [row[knob] for row in along]
+            means, stds = ([row[column][k] for row in along] for k in ("mean", "std"))
+            axis.errorbar(x, means, stds, marker="o", capsize=3)
+            smallest = min((value for value in x if value > 0), default=1)
+            axis.set_xscale("symlog", linthresh=smallest)
+            axis.set(xlabel=knob, ylabel=column)
     figure.suptitle(title)
     return figure
 

@@ -348,11 +348,14 @@ class Run:
             "best": {"epoch": best_epoch, "val": self.history[best_epoch]["val"], "test": best},
         }
 
-    def finish(self, summary, predictions, curves):
-        """Write predictions.npz, curves.png and, last of all, summary.json."""
+    def finish(self, summary, predictions, curves, *steps):
+        """Write predictions.npz, curves.png and, last of all, summary.json.
+
+        curves, steps: see `draw_curves`.
+        """
         write_atomically(
             self.folder / "predictions.npz", lambda file: np.savez(file, **predictions)
         )
-        write_figure(self.folder / "curves.png", draw_curves(self.label, curves))
+        write_figure(self.folder / "curves.png", draw_curves(self.label, curves, *steps))
         write_json(self.folder / "summary.json", summary)
         self.summary = summary
