@@ -15,6 +15,7 @@ runs/greedy_balance/<dataset>/<method>-mmtm[-<knob>=<value>]-seed<k>/. See docs/
 
 import math
 import sys
+from itertools import product
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -32,7 +33,6 @@ from common.command_line import (
     run_command,
     shared_knobs,
 )
-from common.datasets import TensorSplit
 from common.encoders import build_encoder, initialize
 from common.errors import UserError
 from common.experiments import (
@@ -150,7 +150,7 @@ class GateMeans(nn.Module):
         """Add a regular step; activations: for each block, modality -> (B, C)."""
         for block, sums, w in zip(blocks, self.sums, activations, strict=True):
             for m in w:
-                values = block.gate(w[m].float()) if self.after else w[m]
+                values = block.gate(w[m].float()) if self.after else w[m].float()
                 getattr(sums, m).add_(values.sum(dim=0))
         self.samples += len(next(iter(activations[0].values())))
 
@@ -252,9 +252,9 @@ class GreedyNet(nn.Module):
         means: for each block, modality -> (C,): the branches are cut off from each other, Eq. (7).
         """
         maps, squeezed, activations = inputs, [], []
-        for i, stage in enumerate(zip(*(e.stages for e in self.encoders.values()), strict=True)):
+        stages = list(zip(*(encoder.stages for encoder in self.encoders.values()), strict=True))
+        for i, stage in enumerate(stages, start=len(self.blocks) - len(stages)):
             maps = {m: convolve(maps[m]) for m, convolve in zip(self.encoders, stage, strict=True)}
-            i -= len(self.first.stages) - self.BLOCKS
             if i >= 0 and means:
                 maps = cut_off(self.blocks[i], maps, means[i])
             elif i >= 0:
@@ -264,10 +264,6 @@ class GreedyNet(nn.Module):
         features = {m: encoder.pool(maps[m]) for m, encoder in self.encoders.items()}
         logits = {m: head(features[m]) for m, head in self.heads.items()}
         return Output(logits, features, squeezed, activations)
-
-    @property
-    def first(self):
-        return next(iter(self.encoders.values()))
 
     def parameter_groups(self):
         """(theta_k, theta_k') for each modality, see `LearningSpeed`."""
@@ -463,8 +459,9 @@ def run_method(args, defaults, method, seed, splits, device):
     config.fusion = None if method.startswith("unimodal-") else "mmtm"
     arguments = {"script": "greedy_balance", "seed": seed}
     arguments |= {knob: getattr(config, knob) for knob in knobs_of(config)}
-    if method == "rubi" and not config.biased:
-        joint = run_method(args, defaults, "joint", seed, splits, device)
+    if method == "rubi" and not config.biased:  # found by joint training, which is trained once
+        again = SimpleNamespace(**{**vars(args), "overwrite": False, "resume": True})
+        joint = run_method(again, defaults, "joint", seed, splits, device)
         config.biased = more_used(joint["val_iid"], splits.modalities)
     run = Run(arguments, defaults, splits.sizes, device, args)
     if run.summary is not None and not args.eval_only:
@@ -480,8 +477,6 @@ def run_method(args, defaults, method, seed, splits, device):
 
 def more_used(metrics, modalities):
     """The modality with the higher conditional utilization rate, which RUBi takes for biased."""
-    if len(modalities) != 2:
-        raise UserError(f"Of {len(modalities)} modalities, name the biased one by --biased.")
     first, second = modalities
     return second if metrics[first]["u"] > metrics[second]["u"] else first  # u of 0 is u(m1 | m0)
 
@@ -615,7 +610,7 @@ def duplicate(splits, modality):
             x = split.render(rows)[modality]
             return {modality: x, f"{modality}-2": x}
 
-        return TensorSplit(split.tensors, split.all_labels, render, split.index)
+        return split.stored(lambda tensor: tensor, split.index, render)
 
     splits = splits.map(copy)
     splits.modalities = (modality, f"{modality}-2")
@@ -627,6 +622,8 @@ def choose_methods(args, modalities):
     unimodal = [f"unimodal-{m}" for m in modalities]
     compared = [*unimodal, "joint", "random", "guided"]
     methods = args.method or (compared if args.dataset in COMPARED else ["guided"])
+    if "rubi" in methods and len(modalities) != 2 and not args.biased:
+        raise UserError(f"Of {len(modalities)} modalities, name the biased one by --biased.")
     return check_methods(methods, (*METHODS, *unimodal), args.dataset)
 
 
@@ -680,8 +677,7 @@ def experiment(args, defaults, argv):
         "l1": (["joint"], L1_GRID, ["sparsity", "|d_util|", "|d_speed|", "test"], trends(["l1"])),
         "sensitivity": (
             ["guided"],
-            [{"tolerance": x, "window": args.window} for x in TOLERANCES]
-            + [{"tolerance": args.tolerance, "window": x} for x in WINDOWS],
+            sensitivity_grid(args),
             ["test", "d_util", "d_speed"],
             trends(["tolerance", "window"]),
         ),
@@ -689,9 +685,11 @@ def experiment(args, defaults, argv):
     methods = args.method or methods
     argv = without_flag(sys.argv[1:] if argv is None else argv, "--experiment")
     argv = [*argv, "--method", *methods]  # of a flag that is there twice the last one counts
-    config = SimpleNamespace(**{**vars(args), "method": "guided", "fusion": "mmtm"})
-    arguments = {knob: getattr(config, knob) for knob in knobs_of(config)}
-    folder = experiment_folder("greedy_balance", args, arguments, defaults)
+    args.fusion = "mmtm"
+    configs = [SimpleNamespace(**{**vars(args), "method": method}) for method in methods]
+    knobs = dict.fromkeys(knob for config in configs for knob in knobs_of(config))
+    arguments = {knob: getattr(args, knob) for knob in knobs}
+    folder = experiment_folder("greedy_balance", args, arguments, defaults, fusion="mmtm")
     arguments |= {"method": methods, "seeds": args.seeds}
     on_the_papers_data = (args.experiment, args.dataset) == ("table1", "cg-mnist")
     return run_experiment(
@@ -706,6 +704,12 @@ def experiment(args, defaults, argv):
         pool=(lambda runs: pool(runs, modalities)) if args.experiment == "sweep" else None,
         figure=figure,
     )
+
+
+def sensitivity_grid(args):
+    """Each of tolerance and window in turn, the other one as it is."""
+    grid = [*product(TOLERANCES, [args.window]), *product([args.tolerance], WINDOWS)]
+    return [{"tolerance": x, "window": q} for x, q in dict.fromkeys(grid)]
 
 
 def pool(runs, modalities):

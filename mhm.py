@@ -139,20 +139,20 @@ def phases(method, epoch, folds):
     ]
 
 
-def deploy(method, accuracies, epoch):
+def deploy(method, scores, epoch):
     """Numbers of the members that make the prediction after `epoch`: one, or all if averaged.
 
     At the end of a cycle it is the best on validation, in the middle of one the last trained; the
-    paper only says that one head is selected. accuracies: of every member, on validation; None
-    where there is no validation split.
+    paper only says that one head is selected. scores: of every member, on validation; None where
+    there is no validation split.
     """
-    count = len(accuracies)
+    count = len(scores)
     if method in AVERAGED:
         return list(range(count))
     last = epoch % count
-    if last < count - 1 or None in accuracies:
+    if last < count - 1 or None in scores:
         return [last]
-    return [max(range(count), key=lambda k: (accuracies[k], k))]
+    return [max(range(count), key=lambda k: (scores[k], k))]
 
 
 def set_trainable(module, trainable):
@@ -243,14 +243,18 @@ class Classification:
     def build_psi(self):
         width = self.dims[self.modalities[0]] if len(self.modalities) == 1 else EMBEDDING_DIM
         branches = self.config.branches if self.config.method == "shake-shake" else 1
-        heads = [nn.Linear(width, self.splits.num_classes) for _ in range(branches)]
-        for head in heads:
-            initialize(head)
+        heads = nn.ModuleList(nn.Linear(width, self.splits.num_classes) for _ in range(branches))
+        heads.apply(initialize)
         if self.config.method == "shake-shake":
             return ShakeShake(heads)
-        return (
-            nn.Sequential(nn.Dropout(0.5), *heads) if self.config.method == "dropout" else heads[0]
-        )
+        if self.config.method == "dropout":
+            return nn.Sequential(nn.Dropout(0.5), heads[0])
+        return heads[0]
+
+    @staticmethod
+    def count_correct(output, labels):
+        """How many of a batch (B, C) are right, as a tensor."""
+        return (output.argmax(dim=1) == labels).sum()
 
     @staticmethod
     def evaluate(output, labels):
@@ -303,8 +307,8 @@ def train(run, network, task, splits, config):
     trace = Trace(config.epochs, len(splits.val), splits.num_classes).to(config.device)
     state = {"network": network, "trace": trace, **optimizers}
     first_epoch = run.start(state)
-    samples = sum(len(phase.samples) for phase in phases(config.method, 0, folds))
-    steps = math.ceil(samples / config.batch_size)
+    first = phases(config.method, 0, folds)
+    steps = sum(math.ceil(len(phase.samples) / config.batch_size) for phase in first)
     progress = Progress(run.label, config.epochs, steps, first_epoch)
     for epoch in range(first_epoch, config.epochs):
         for optimizer in optimizers.values():
@@ -343,8 +347,7 @@ def train_phase(network, optimizers, task, phase, batches, config):
             optimizer.step()
         with torch.no_grad():
             samples = torch.full_like(loss, len(labels))
-            correct = (output.argmax(dim=1) == labels).sum()
-            totals += torch.stack([samples, samples * loss, correct])
+            totals += torch.stack([samples, samples * loss, task.count_correct(output, labels)])
     return totals
 
 
@@ -369,8 +372,8 @@ def measure(network, task, splits, epoch, config):
     """
     networks = members(config.method, config.heads)
     outputs, labels, _ = predict(network, splits.val, networks, config)
-    accuracies = [task.evaluate(output, labels)["accuracy"] for output in outputs]
-    deployed = deploy(config.method, accuracies, epoch)
+    correct = [task.count_correct(output, labels).item() for output in outputs]
+    deployed = deploy(config.method, correct, epoch)
     output = task.average([outputs[k] for k in deployed])
     seen = splits.train.head(len(splits.val_iid))
     seen, unseen = (
@@ -437,7 +440,7 @@ def test(run, network, task, splits, config):
     seen, _ = evaluate(network, task, splits.train, end["deployed"], config)
     summary = run.summarize(last, best)
     summary["gap"] = {"val_iid": end["gap"], "test": seen["accuracy"] - last["accuracy"]}
-    summary["deployed"] = end["deployed"]
+    summary |= {"heads": run.arguments.get("heads"), "deployed": end["deployed"]}
     if "gs_harness" in end:
         summary["gs_harness"] = end["gs_harness"]
     return summary, predictions
@@ -606,10 +609,13 @@ def experiment(args, defaults, argv):
     if args.experiment == "table5":
         calls = [({"heads": k}, [*argv, "--heads", str(k)]) for k in (2, 3, 4, 5)]
         calls.insert(0, ({"heads": 1}, [*argv, "--method", "joint"]))
-    config = SimpleNamespace(**{**vars(args), "method": "mhm"})
-    arguments = {knob: getattr(config, knob) for knob in knobs_of(config)}
+    configs = [SimpleNamespace(**{**vars(args), "method": method}) for method in methods]
+    knobs = [*(knob for config in configs for knob in knobs_of(config)), "gs"]
+    arguments = {knob: getattr(args, knob) for knob in dict.fromkeys(knobs)}
+    if args.experiment == "table5":
+        del arguments["heads"]
     folder = experiment_folder("mhm", args, arguments, defaults)
-    arguments |= {"method": methods, "seeds": args.seeds, "gs": args.gs}
+    arguments |= {"method": methods, "seeds": args.seeds}
     if args.experiment == "figure2":
         result = run_all(argv)
         return draw_experiment(result, figure2(result, args, methods), arguments, folder)
@@ -620,7 +626,7 @@ def experiment(args, defaults, argv):
         folder,
         title=f"{args.experiment.replace('table', 'Table ')} on {args.dataset}",
         columns=columns,
-        pairs=[(method, "joint") for method in methods if method in METHODS and method != "joint"],
+        pairs=[(m, "joint") for m in methods if m in METHODS[1:] and args.experiment != "table5"],
         paper=lambda row: paper_columns("mhm_tables", args.experiment, row, "on AVE"),
     )
 

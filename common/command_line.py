@@ -105,6 +105,10 @@ def fill_from_recipe(parser, args, recipe):
     if foreign:
         flags = ", ".join("--" + dial.replace("_", "-") for dial in foreign)
         raise UserError(f"The dataset {args.dataset} has no dial {flags}; leave it out.")
+    if args.eval_only and args.experiment:
+        raise UserError(
+            "--eval-only writes nothing and --experiment a table; leave one of them out."
+        )
     args.seeds = list(dict.fromkeys(args.seeds))  # a seed named twice is still one run
     defaults = {name: parser.get_default(name) for name in vars(args)} | own_dials | recipe
     for name, default in defaults.items():

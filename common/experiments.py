@@ -62,30 +62,27 @@ def tabulate(runs, columns, digits=None):
     return rows
 
 
-def paired_differences(runs, method, reference, path="test.accuracy"):
-    """`method` minus `reference` seed by seed, for equal fusion and epochs: mean, error, n."""
-    groups = {}
+def paired_differences(runs, method, reference, groups=("fusion",), pairs=("seed",)):
+    """`method` minus `reference` in test accuracy: mean over pairs of runs, standard error, n.
+
+    groups, pairs: names of entries of a summary. There is a row for every value of the `groups`;
+    within one, two runs are a pair if they agree in `pairs`.
+    """
+    found = {}
     for run in runs:
-        values = groups.setdefault((run["fusion"], run["epochs"]), {method: {}, reference: {}})
+        values = found.setdefault(tuple(run[name] for name in groups), {method: {}, reference: {}})
         if run["method"] in values:
-            values[run["method"]][run["seed"]] = lookup(run, path)
+            pair = tuple(run[name] for name in pairs)
+            values[run["method"]][pair] = lookup(run, "test.accuracy")
     rows = []
-    for (fusion, epochs), values in groups.items():
-        seeds = sorted(values[method].keys() & values[reference].keys())
-        difference = spread([values[method][seed] - values[reference][seed] for seed in seeds])
+    for key, values in found.items():
+        both = sorted(values[method].keys() & values[reference].keys())
+        difference = spread([values[method][pair] - values[reference][pair] for pair in both])
         if difference:
+            row = {"method": method, "reference": reference, **dict(zip(groups, key, strict=True))}
             error = difference["std"] / math.sqrt(difference["n"]) if difference["n"] > 1 else None
-            rows.append(
-                {
-                    "method": method,
-                    "reference": reference,
-                    "fusion": fusion,
-                    "epochs": epochs,
-                    "mean": difference["mean"],
-                    "standard_error": error,
-                    "n": difference["n"],
-                }
-            )
+            row |= {"mean": difference["mean"], "standard_error": error, "n": difference["n"]}
+            rows.append(row)
     return rows
 
 
@@ -121,11 +118,14 @@ def format_markdown(rows):
 
 
 def describe_difference(row):
-    """`pmr - joint (concat, 20 epochs): +3.4 ± 0.8 points (paired by seed, ..., n = 5)`."""
+    """`pmr - joint (concat): +3.4 ± 0.8 points (paired, standard error, n = 5)`."""
     error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.1f}"
+    numbers = ("method", "reference", "mean", "standard_error", "n")
+    group = {name: value for name, value in row.items() if name not in numbers}
+    words = [str(value) if name == "fusion" else f"{name} {value}" for name, value in group.items()]
     return (
-        f"{row['method']} - {row['reference']} ({row['fusion']}, {row['epochs']} epochs): "
-        f"{row['mean']:+.1f}{error} points (paired by seed, standard error, n = {row['n']})"
+        f"{row['method']} - {row['reference']} ({', '.join(words)}): {row['mean']:+.1f}{error} "
+        f"points (paired, standard error, n = {row['n']})"
     )
 
 
@@ -210,11 +210,12 @@ def distributions(paths):
 
     def figure(title, rows, runs):
         methods = dict.fromkeys(run["method"] for run in runs)
-        values = {m: [run for run in runs if run["method"] == m] for m in methods}
-        panels = {
-            path: {m: [lookup(run, path) for run in found] for m, found in values.items()}
-            for path in paths
-        }
+        panels = {path: {} for path in paths}
+        for path, values in panels.items():
+            for m in methods:
+                found = [lookup(run, path) for run in runs if run["method"] == m]
+                if None not in found:
+                    values[m] = found
         return draw_distributions(title, panels)
 
     return figure
@@ -225,9 +226,10 @@ def trends(knobs):
     return lambda title, rows, runs: draw_trends(title, rows, knobs)
 
 
-def experiment_folder(script, args, arguments, defaults):
-    """<out>/<script>/<dataset>/<experiment>[-<knob>=<value> where not default]."""
-    name = "-".join([args.experiment, *changed_knobs(arguments, defaults)])
+def experiment_folder(script, args, arguments, defaults, fusion="concat"):
+    """<out>/<script>/<dataset>/<experiment>[-<fusion>][-<knob>=<value>], both where not default."""
+    named = [arguments["fusion"]] if arguments["fusion"] != fusion else []
+    name = "-".join([args.experiment, *named, *changed_knobs(arguments, defaults)])
     return Path(args.out) / script / args.dataset / name
 
 
@@ -249,7 +251,8 @@ def run_experiment(
     calls:     pairs (fields, argument list); fields such as {"epochs": 80} are put in its rows.
     arguments: what the table is of, written into table.json.
     columns:   the columns of its rows that are shown; default: all.
-    pairs:     (method, reference) to compare seed by seed.
+    pairs:     (method, reference) to compare seed by seed, for each of the fields' values; if the
+               rows are pooled, over all of them.
     paper:     row -> columns with the paper's numbers, to stand at its end.
     pool:      summaries -> rows, in place of the rows of the parts.
     figure:    title, rows, summaries -> figure; default: bars of `columns`, or of `test`.
@@ -258,19 +261,21 @@ def run_experiment(
     runs, table = [], []
     for fields, argv in calls:
         result = run_all(argv)
-        runs += result["runs"]
+        runs += [{**run, **fields} for run in result["runs"]]
         for row in result["table"]:
             shown = {key: row[key] for key in columns or row}
             row = {"method": row["method"], **fields, "fusion": row["fusion"], **shown}
             table.append({**row, **(paper(row) if paper else {})})
     table = pool(runs) if pool else table
-    differences = [row for pair in pairs for row in paired_differences(runs, *pair)]
+    fields = tuple(calls[0][0])
+    keys = (("fusion",), ("seed", *fields)) if pool else (("fusion", *fields), ("seed",))
+    differences = [row for pair in pairs for row in paired_differences(runs, *pair, *keys)]
     record = {"title": title, "arguments": arguments, "rows": table, "paired": differences}
     record["runs"] = runs
     if figure:
         drawn = figure(title, table, runs)
     else:
-        drawn = draw_bars(title, table, columns or ["test"], fields=list(calls[0][0]))
+        drawn = draw_bars(title, table, columns or ["test"], fields)
     make_folder(folder)
     write_json(folder / "table.json", record)
     write_figure(folder / "figure.png", drawn)

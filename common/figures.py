@@ -67,25 +67,31 @@ def draw_distributions(title, panels):
 
 
 def draw_trends(title, rows, knobs):
-    """Columns of a table against its knobs: a row of panels for each knob, others being equal.
+    """Columns of a table against its knobs, a line for each method, the other knobs being equal.
 
-    Panels show every column of `rows` that is a mean with its standard deviation.
+    A row of panels for each knob; a panel for every column that is a mean with its standard
+    deviation. Where the rows do not form a grid, a line is of the most frequent other knobs.
     """
-    columns = [name for name, value in rows[0].items() if isinstance(value, dict)]
+    columns = dict.fromkeys(
+        k for row in rows for k, value in row.items() if isinstance(value, dict)
+    )
     figure = Figure(figsize=(3.5 * len(columns), 3 * len(knobs)), layout="constrained")
     axes = figure.subplots(len(knobs), len(columns), squeeze=False)
     for line, knob in zip(axes, knobs, strict=True):
-        others = [[row[k] for k in ("method", *knobs) if k != knob] for row in rows]
+        others = [tuple(row[k] for k in knobs if k != knob) for row in rows]
         most = max(others, key=others.count)
         along = [row for row, other in zip(rows, others, strict=True) if other == most]
         along.sort(key=lambda row: row[knob])
+        smallest = min((row[knob] for row in along if row[knob] > 0), default=1)
         for axis, column in zip(line, columns, strict=True):
-            x = [row[knob] for row in along]
-            means, stds = ([row[column][k] for row in along] for k in ("mean", "std"))
-            axis.errorbar(x, means, stds, marker="o", capsize=3)
-            smallest = min((value for value in x if value > 0), default=1)
+            for method in dict.fromkeys(row["method"] for row in along):
+                own = [row for row in along if row["method"] == method and row[column]]
+                means, stds = ([row[column][k] for row in own] for k in ("mean", "std"))
+                x = [row[knob] for row in own]
+                axis.errorbar(x, means, stds, marker="o", capsize=3, label=method)
             axis.set_xscale("symlog", linthresh=smallest)
             axis.set(xlabel=knob, ylabel=column)
+            axis.legend(fontsize="small")
     figure.suptitle(title)
     return figure
 
@@ -97,6 +103,7 @@ def draw_bars(title, rows, columns, fields=()):
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colors = {method: f"C{i % 10}" for i, method in enumerate(methods)}
+    columns = [column for column in columns if any(row[column] for row in rows)]
     width = 2 + 0.5 * len(rows)
     figure = Figure(figsize=(width * len(columns), 4), layout="constrained")
     axes = figure.subplots(1, len(columns), squeeze=False)[0]

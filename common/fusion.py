@@ -121,6 +121,12 @@ FUSIONS = {"sum": Sum, "concat": Concat, "film": FiLM, "gated": Gated}
 # ---- Between stages ----
 
 
+def spatial_mean(maps):
+    """(B, C, *space) -> (B, C); vectors (B, C) as they are."""
+    space = tuple(range(2, maps.dim()))
+    return maps.mean(dim=space) if space else maps
+
+
 class MMTM(nn.Module):
     """Multimodal transfer module (Joze et al., CVPR 2020): gates on the channels of every modality
     from the squeezed maps of all; Eq. (1) and (2) of Wu et al., ICML 2022.
@@ -146,11 +152,15 @@ class MMTM(nn.Module):
     def forward(self, maps, gates=None, squeezed=None):
         """maps: modality -> (B, C, *space). Returns gated maps, squeezed h and activations w.
 
+        Vectors (B, C) are their own squeezed features.
+
         gates, squeezed: modality -> (C,) or (B, C), used in place of the computed ones. A modality
         with a given gate has no activation, and its layer `excite` no part in the result.
         """
         gates, squeezed = gates or {}, squeezed or {}
-        own = {m: x.mean(dim=tuple(range(2, x.dim()))) for m, x in maps.items()}
+        own = {
+            m: x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x for m, x in maps.items()
+        }
         h = {m: squeezed[m].expand_as(own[m]) if m in squeezed else own[m] for m in self.excite}
         joined = self.squeeze(torch.cat(list(h.values()), dim=1)).relu()
         w = {m: excite(joined) for m, excite in self.excite.items() if m not in gates}

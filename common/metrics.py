@@ -41,16 +41,16 @@ def divergence_from_mean(log_p):
 
 
 def missing_ratio(correct, unimodal_correct):
-    """Percent of items that the multi-modal network misses and any uni-modal one gets right.
+    """Share of items that the multi-modal network misses and any uni-modal one gets right.
 
     correct: (N,) bool; unimodal_correct: (M, N) bool. Lee et al., AAAI 2022, Sec. 5.2.
     """
-    return 100 * (~correct & unimodal_correct.any(dim=0)).double().mean().item()
+    return (~correct & unimodal_correct.any(dim=0)).double().mean().item()
 
 
 def hitting_ratio(correct, unimodal_correct):
-    """Percent of items that the multi-modal network gets right and all uni-modal ones miss."""
-    return 100 * (correct & ~unimodal_correct.any(dim=0)).double().mean().item()
+    """Share of items that the multi-modal network gets right and all uni-modal ones miss."""
+    return (correct & ~unimodal_correct.any(dim=0)).double().mean().item()
 
 
 @torch.no_grad()

@@ -298,11 +298,14 @@ class Run:
         self.write_metrics()
 
     def read_history(self):
-        """The entries of metrics.jsonl of a finished run."""
+        """The entries of metrics.jsonl of a finished run, one for each of its epochs."""
         path = self.folder / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            history = [json.loads(line) for line in path.read_text().splitlines()]
+            if [entry["epoch"] for entry in history] != list(range(self.summary["epochs"])):
+                raise ValueError("epochs are missing")
+            return history
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); start again by --overwrite."
             ) from error
@@ -351,11 +354,12 @@ class Run:
     def finish(self, summary, predictions, curves, *steps):
         """Write predictions.npz, curves.png and, last of all, summary.json.
 
-        curves, steps: see `draw_curves`.
+        curves, steps: see `draw_curves`; without curves there is no figure.
         """
         write_atomically(
             self.folder / "predictions.npz", lambda file: np.savez(file, **predictions)
         )
-        write_figure(self.folder / "curves.png", draw_curves(self.label, curves, *steps))
+        if curves:
+            write_figure(self.folder / "curves.png", draw_curves(self.label, curves, *steps))
         write_json(self.folder / "summary.json", summary)
         self.summary = summary

@@ -42,9 +42,7 @@ def test_paired_differences_use_common_seeds_only():
     (row,) = experiments.paired_differences(RUNS, "pmr", "joint")
     assert (row["mean"], row["n"]) == (5.0, 2)  # 6 and 4
     assert row["standard_error"] == pytest.approx(1.0)
-    assert "pmr - joint (concat, 20 epochs): +5.0 ± 1.0 points" in experiments.describe_difference(
-        row
-    )
+    assert "pmr - joint (concat): +5.0 ± 1.0 points" in experiments.describe_difference(row)
     (single,) = experiments.paired_differences(RUNS[:1] + RUNS[2:3], "pmr", "joint")
     assert single["standard_error"] is None
     assert not experiments.paired_differences(RUNS, "pmr", "other")
@@ -85,7 +83,7 @@ def test_renew_tables_fills_the_markers(tmp_path, monkeypatch):
     text = "a\n<!-- table x.json rows -->\nold\n<!-- end -->\nb\n<!-- table x.json paired -->\n"
     renewed = experiments.renew_tables(text + "<!-- end -->\n")
     assert "old" not in renewed and "| joint | concat | 52.0 ± 2.8 | - |" in renewed
-    assert "- pmr - joint (concat, 20 epochs): +5.0" in renewed
+    assert "- pmr - joint (concat): +5.0" in renewed
     assert experiments.renew_tables(renewed) == renewed
 
 

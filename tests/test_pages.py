@@ -6,11 +6,16 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import greedy_balance
+import mhm
 import pmr
+import toy_projection
 
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
-TEXTS["pmr.py"] = pmr.__doc__
+TEXTS |= {
+    f"{script.__name__}.py": script.__doc__ for script in (pmr, mhm, greedy_balance, toy_projection)
+}
 
 
 def commands(script):
@@ -18,6 +23,7 @@ def commands(script):
     found = {}
     for page, text in TEXTS.items():
         text = text.replace("\\\n", " ")  # a command on several lines
+        text = re.sub(r"\$\(seq (\d+) (\d+)\)", r"\1 \2", text)  # two of the seeds are enough
         for line in re.findall(
             rf"(?:^|`|&& *| {{4}})python {re.escape(script)}([^`\n]*)", text, re.M
         ):
@@ -34,26 +40,54 @@ def test_the_two_commands_of_the_readme():
     assert "pip install --quiet -r requirements.txt && pytest" in (ROOT / ".ci/run").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", commands("pmr.py"))
-def test_pmr_commands_run(words, tmp_path, require, data_root):
+def check_command(script, words, tmp_path, require, data_root):
     """On a tiny part of the data, on the CPU; --help and --eval-only need no more than parsing."""
     if "--help" in words:
         with pytest.raises(SystemExit) as exit_info:
-            pmr.main(words)
+            script.main(words)
         assert exit_info.value.code == 0
         return
-    args, _ = pmr.parse_args(list(words))
+    args, _ = script.parse_args(list(words))
     require(args.dataset)
     tiny = ["--train-samples", "40", "--epochs", "1", "--device", "cpu"]
     tiny += ["--out", str(tmp_path), "--data-root", str(data_root)]
+    tiny += ["--seeds", *map(str, args.seeds[:2])]
+    tiny += ["--rates", "2"] if script is greedy_balance else []
     if args.eval_only:
-        pmr.main([word for word in [*words, *tiny] if word != "--eval-only"])
-    assert pmr.main([*words, *tiny])
+        script.main([word for word in [*words, *tiny] if word != "--eval-only"])
+    assert script.main([*words, *tiny])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands("pmr.py"))
+def test_pmr_commands_run(words, tmp_path, require, data_root):
+    check_command(pmr, words, tmp_path, require, data_root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands("mhm.py"))
+def test_mhm_commands_run(words, tmp_path, require, data_root):
+    check_command(mhm, words, tmp_path, require, data_root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands("greedy_balance.py"))
+def test_greedy_balance_commands_run(words, tmp_path, require, data_root):
+    check_command(greedy_balance, words, tmp_path, require, data_root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands("toy_projection.py"))
+def test_toy_projection_commands_run(words, tmp_path):
+    tiny = ["--epochs", "2", "--seeds", "0", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert toy_projection.main([*words, *tiny])["runs"]
 
 
 def test_commands_were_found():
     assert len(commands("pmr.py")) >= 8
+    assert len(commands("mhm.py")) >= 8
+    assert len(commands("greedy_balance.py")) >= 10
+    assert len(commands("toy_projection.py")) >= 5
     assert len(commands("data/prepare.py")) >= 1
 
 
@@ -67,16 +101,27 @@ def test_links_and_files_exist(page):
         assert (ROOT / name).exists(), name
 
 
-def test_every_function_that_the_docs_name_exists():
-    table = TEXTS["docs/pmr.md"].split("| paper | function in `pmr.py` |")[1].split("\n\n")[0]
-    source = (ROOT / "pmr.py").read_text() + (ROOT / "common" / "fusion.py").read_text()
-    names = re.findall(r"`(\w+(?:\.\w+)?)`(?! in)", table)
-    assert len(names) >= 12
+@pytest.mark.parametrize("script", ["pmr", "mhm", "greedy_balance", "toy_projection"])
+def test_every_function_that_the_docs_name_exists(script):
+    page = TEXTS[f"docs/{script}.md"]
+    table = page.split(f"| paper | function in `{script}.py` |")[1].split("\n\n")[0]
+    sources = [ROOT / f"{script}.py", *(ROOT / "common").glob("*.py")]
+    source = "".join(path.read_text() for path in sources)
+    names = re.findall(r"`(\w+(?:\.\w+)?)`", table)
+    assert len(names) >= 5
     for name in names:
-        assert re.search(rf"(?:def|class) {name.split('.')[-1]}\b", source), name
+        defined = rf"(?:(?:def|class) |^){name.split('.')[-1]}\b"
+        assert re.search(defined, source, re.MULTILINE), name
 
 
-def test_every_own_flag_of_pmr_stands_in_its_docs():
-    parser_help = [f"--{name.replace('_', '-')}" for name in ("alpha", "mu", "momentum_epsilon")]
-    for flag in [*parser_help, "--per-epochs", "--subset-fraction", "--coefficients", "--fusion"]:
-        assert f"`{flag}`" in TEXTS["docs/pmr.md"]
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    {
+        "pmr": "alpha mu momentum-epsilon per-epochs subset-fraction coefficients fusion",
+        "mhm": "heads branches gs fusion",
+        "greedy_balance": "tolerance window gate-mean gate-factor biased duplicate l1 until-fitted",
+    }.items(),
+)
+def test_every_own_flag_stands_in_its_docs(script, flags):
+    for flag in flags.split():
+        assert f"`--{flag}`" in TEXTS[f"docs/{script}.md"]

@@ -19,7 +19,6 @@ import torch
 from test_training import (
     QuickFigure,
     assert_same,
-    folder_of,
     load,
     read,
     start,
@@ -27,17 +26,33 @@ from test_training import (
     without_seconds,
 )
 
+import mhm
 import pmr
 from common import training
 from common.errors import UserError
 
-METHODS = ["pmr", "pmr-no-per", "joint", "unimodal-gray"]
-EPOCHS, STEPS = 3, 3  # steps an epoch
+SCRIPTS = {
+    **dict.fromkeys(["pmr", "pmr-no-per", "joint", "unimodal-gray"], pmr),
+    **dict.fromkeys(["mhm", "head-ensemble", "ensemble"], mhm),
+}
+METHODS = list(SCRIPTS)
+KNOBS = {  # four steps in an H-phase and two in an E-phase; the ensemble: two for each member
+    "mhm": ["--heads=3", "--batch-size=10"],
+    "head-ensemble": ["--heads=3", "--batch-size=10"],
+    "ensemble": ["--heads=3"],
+}
+EPOCHS, STEPS = 3, {pmr: 3, mhm: 6}  # steps an epoch
 TINY = ["--train-samples=60", "--batch-size=20", f"--epochs={EPOCHS}", "--lr=0.1", "--device=cpu"]
 
 
 def train(out, method, *flags):
-    return pmr.main([*TINY, "--out", str(out), "--method", method, *flags])
+    words = [*TINY, *KNOBS.get(method, []), "--out", str(out), "--method", method, *flags]
+    return SCRIPTS[method].main(words)
+
+
+def folder_of(out):
+    (folder,) = out.glob("*/digits/*")
+    return folder
 
 
 def assert_same_run(folder, reference):
@@ -78,14 +93,18 @@ def references(tmp_path_factory):
 
 def kill_at_step(patch, step):
     """Die in training step `step` of this sitting, from 0."""
-    loss_of, steps = pmr.training_loss, iter(range(1000))
+    steps = iter(range(1000))
 
-    def loss_or_death(*args):
-        if next(steps) == step:
-            raise Killed
-        return loss_of(*args)
+    def or_death(loss_of):
+        def loss_or_death(*args):
+            if next(steps) == step:
+                raise Killed
+            return loss_of(*args)
 
-    patch.setattr(pmr, "training_loss", loss_or_death)
+        return loss_or_death
+
+    patch.setattr(pmr, "training_loss", or_death(pmr.training_loss))
+    patch.setattr(mhm.Classification, "loss", staticmethod(or_death(mhm.Classification.loss)))
 
 
 def kill_at_write(patch, name, saved, share):
@@ -145,7 +164,7 @@ def finish_run(monkeypatch):
 PLACES = {
     "config.json half written": (kill_at_write, "config.json", 0, 0.5),
     "before the first step": (kill_at_step, 0),
-    "in the middle of an epoch": (kill_at_step, STEPS + 1),
+    "in the middle of an epoch": (kill_at_step, STEPS[pmr] + 1),
     "best.pt half written": (kill_at_write, "best.pt", "best", 0.5),
     "between best.pt and last.pt": (kill_at_write, "best.pt", "best", 1),
     "last.pt half written": (kill_at_write, "last.pt", 1, 0.5),
@@ -155,17 +174,28 @@ PLACES = {
     "after the last epoch": (kill_at_write, "metrics.jsonl", EPOCHS, 1),
     "between predictions.npz and curves.png": (kill_at_write, "predictions.npz", EPOCHS, 1),
     "summary.json half written": (kill_at_write, "summary.json", EPOCHS, 0.5),
+    "in the middle of an H-phase": (kill_at_step, STEPS[mhm] + 1),
+    "between the phases": (kill_at_step, STEPS[mhm] + 4),
+    "in the middle of an E-phase": (kill_at_step, STEPS[mhm] + 5),
 }
+PHASES = ["in the middle of an H-phase", "between the phases", "in the middle of an E-phase"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("place", PLACES)
+def places_of(method):
+    if SCRIPTS[method] is pmr:
+        return [place for place in PLACES if place not in PHASES]
+    return list(PLACES) if method == "mhm" else PHASES
+
+
+@pytest.mark.parametrize(
+    ("place", "method"), [(place, method) for method in METHODS for place in places_of(method)]
+)
 def test_run_killed_once_and_resumed_is_the_same(tmp_path, references, finish_run, place, method):
     reference = references[method]
     kill, *how = PLACES[place]
     interrupt(tmp_path, method, kill, *(best_epoch(reference) if x == "best" else x for x in how))
-    assert not list(tmp_path.glob("pmr/digits/*/summary.json"))
-    for checkpoint in tmp_path.glob("pmr/digits/*/*.pt"):
+    assert not list(tmp_path.glob("*/digits/*/summary.json"))
+    for checkpoint in tmp_path.glob("*/digits/*/*.pt"):
         load(checkpoint)  # whole
     assert_same_run(finish_run(tmp_path, method, "--resume"), reference)
 
@@ -176,9 +206,10 @@ def best_epoch(folder):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_run_killed_in_every_epoch_is_the_same(tmp_path, references, finish_run, method):
-    interrupt(tmp_path, method, kill_at_step, STEPS - 1)
+    steps = STEPS[SCRIPTS[method]]
+    interrupt(tmp_path, method, kill_at_step, steps - 1)
     for _ in range(EPOCHS - 1):
-        interrupt(tmp_path, method, kill_at_step, STEPS + 1)  # each sitting completes one epoch
+        interrupt(tmp_path, method, kill_at_step, steps + 1)  # each sitting completes one epoch
     assert load(folder_of(tmp_path) / "last.pt")["epoch"] == EPOCHS - 2
     assert_same_run(finish_run(tmp_path, method, "--resume"), references[method])
 
@@ -248,12 +279,15 @@ FLAGS = {
     "pmr-no-per": ["--schedule=cosine"],
     "joint": ["--optimizer=adam"],
     "unimodal-gray": [],
+    "mhm": ["--epochs=15", "--optimizer=adam"],
+    "head-ensemble": ["--epochs=15", "--schedule=cosine"],
+    "ensemble": ["--epochs=15"],
 }
 KILLS = 3
 
 
 def words_of(method, out):
-    flags = ["--epochs=40", "--lr=0.02", *FLAGS[method], "--method", method]
+    flags = ["--epochs=40", "--lr=0.02", *FLAGS[method], *KNOBS.get(method, []), "--method", method]
     return [*TINY, *flags, "--out", str(out / method)]
 
 
@@ -273,21 +307,22 @@ def kill(process):
 def files(out):
     """Path -> time of change, or None while a file is just being renamed."""
     try:
-        return {path: path.stat().st_mtime_ns for path in out.glob("pmr/digits/*/*")}
+        return {path: path.stat().st_mtime_ns for path in out.glob("*/digits/*/*")}
     except FileNotFoundError:
         return None
 
 
 UNINTERRUPTED = """
-import json, sys, pmr
-for words in json.loads(sys.argv[1]):
-    pmr.main(words)
+import importlib, json, sys
+for script, words in json.loads(sys.argv[1]):
+    importlib.import_module(script).main(words)
 """
 
 
 def train_uninterrupted(out):
     """All methods in one process, since importing torch takes longer than training here."""
-    finish(start("-c", UNINTERRUPTED, json.dumps([words_of(method, out) for method in METHODS])))
+    calls = [(script.__name__, words_of(method, out)) for method, script in SCRIPTS.items()]
+    finish(start("-c", UNINTERRUPTED, json.dumps(calls)))
     return {method: folder_of(out / method) for method in METHODS}
 
 
@@ -296,14 +331,15 @@ def kill_at_random_moments(out, method, uninterrupted):
     reference = uninterrupted.result()[method]
     longest = torch.load(reference / "last.pt", weights_only=True)["seconds"] / KILLS
     moments = random.Random(f"kills of {method}")
-    while count_kills(words_of(method, out), out / method, moments, longest) < KILLS:
+    command = [f"{SCRIPTS[method].__name__}.py", *words_of(method, out), "--resume"]
+    while count_kills(command, out / method, moments, longest) < KILLS:
         shutil.rmtree(out / method)  # faster than the reference: it was over before the last kill
         longest /= 3
-    finish(start("pmr.py", *words_of(method, out), "--resume"))
+    finish(start(*command))
     return folder_of(out / method)
 
 
-def count_kills(words, out, moments, longest):
+def count_kills(command, out, moments, longest):
     """Kill KILLS sittings, or fewer if one finishes before.
 
     Each gets up to `longest` seconds from the first file that it changes: a fresh run writes
@@ -311,7 +347,7 @@ def count_kills(words, out, moments, longest):
     """
     for count in range(KILLS):
         before = files(out)
-        process = start("pmr.py", *words, "--resume")
+        process = start(*command)
         wait_until(lambda before=before: files(out) != before, process)
         time.sleep(moments.uniform(0, longest))
         if not kill(process):

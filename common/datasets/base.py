@@ -30,17 +30,20 @@ class TensorSplit:
     def subset(self, positions):
         """The samples at `positions` of this split; their `index` stays that of the parent."""
         positions = torch.as_tensor(positions, device=self.index.device)
-        return TensorSplit(self.tensors, self.all_labels, self.render, self.index[positions])
+        return self.stored(lambda tensor: tensor, self.index[positions])
 
     def head(self, count):
         """A split of the first `count` samples, which the loaders store in no order of classes."""
-        tensors = {name: tensor[:count] for name, tensor in self.tensors.items()}
-        return TensorSplit(tensors, self.all_labels[:count], self.render)
+        return self.stored(lambda tensor: tensor[:count])
 
     def to(self, device):
         """The same split with its storage on `device`."""
-        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return TensorSplit(tensors, self.all_labels.to(device), self.render, self.index.to(device))
+        return self.stored(lambda tensor: tensor.to(device), self.index.to(device))
+
+    def stored(self, change, index=None, render=None):
+        """This split with `change` applied to whatever it stores, and perhaps another `render`."""
+        tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return TensorSplit(tensors, change(self.all_labels), render or self.render, index)
 
     def batches(self, batch_size, generator=None, augment=False):
         """Yield (inputs, labels, index), shuffled if a CPU `generator` is given.
