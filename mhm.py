@@ -2,8 +2,9 @@
 https://doi.org/10.1609/aaai.v36i7.20698
 
 A network is cut into uni-modal embeddings theta, a multi-modal embedding phi and a head psi. Heads
-with training data of their own take turns; while one learns, phi is frozen, and then phi learns, to
-suit this head, on the data that the head has not seen. One head is deployed.
+with training data of their own take turns: first phi is frozen while the head learns, then the head
+while phi learns to suit it, on data that this head has not seen. Theta learns in both phases. One
+head is deployed.
 
     python mhm.py                                               # bundled digits, a minute on a CPU
     python mhm.py --dataset av-digits --method joint mhm --heads 3 --seeds 0 1 2
@@ -158,9 +159,10 @@ def deploy(method, scores, epoch):
 def set_trainable(module, trainable):
     """Training mode, frozen or not. Gradients still flow through a frozen module to its input.
 
-    Frozen parameters get no gradient, not a zero one, by which momentum or weight decay would move
-    them. Frozen BatchNorm uses and keeps its running statistics; dropout goes on, as it does for
-    the other modules in joint training. The paper says nothing of either.
+    Frozen parameters get no gradient, and their optimizer is not stepped: with zero gradients it
+    would still move them by momentum or weight decay. Frozen BatchNorm uses and keeps its running
+    statistics; dropout goes on, as the other modules meet it in joint training. The paper says
+    nothing of either.
     """
     module.train()
     module.requires_grad_(trainable)
@@ -171,7 +173,7 @@ def set_trainable(module, trainable):
 
 # ---- Model ----
 
-EMBEDDING_DIM = 128  # width of phi's output; the paper's sizes are in a supplement nobody has
+EMBEDDING_DIM = 128  # width of phi's output; the paper's sizes are in a supplement, not at hand
 
 
 class ModularNet(nn.Module):
@@ -217,7 +219,8 @@ class OnlyModality(nn.Module):
 class Classification:
     """A task: theta, phi and psi, the loss, the average of several outputs, and what is measured.
 
-    Another task is another class with the same methods; the algorithm asks for nothing else.
+    Another task that predicts classes is another class with the same methods; heads and epochs are
+    selected by what its `evaluate` calls accuracy.
     """
 
     loss = staticmethod(F.cross_entropy)
@@ -269,7 +272,8 @@ class Classification:
 def build_network(task, config):
     """As many copies of each module as the method has, initialised from the run's seed.
 
-    Whatever methods share starts equal: theta, then the phis, then the heads.
+    Drawn in the order theta, phi, psi, so methods with a single theta and phi start from the same
+    theta, phi and first head.
     """
     seed_phase(config.seed, "initialisation")
     networks = members(config.method, config.heads)
@@ -578,7 +582,10 @@ def compare_networks(method, outcomes, args):
 
 # What each table of Sec. 5 compares, and the columns that it shows.
 EXPERIMENTS = {
-    "table3": (["joint", "ensemble", "mhm-no-freeze", "mhm"], ["test", "GS", "GS-harness"]),
+    "table3": (
+        ["joint", "ensemble", "mhm-no-freeze", "mhm"],
+        ["test", "gap (iid)", "gap (test)", "GS", "GS-harness"],
+    ),
     "table4": (["unimodal", "joint", "mhm"], ["test", "missing", "hitting"]),
     "table5": (["mhm"], ["test", "GS"]),
     "table6": (
@@ -593,8 +600,10 @@ def experiment(args, defaults, argv):
     """A table or figure of the paper on the chosen dataset; beside it the paper's numbers on AVE.
 
     Table 3 is made for equal epochs and for K times as many: in an epoch of MHM phi learns from a
-    K-th of the data.
+    K-th of the data, and a head, on average, from less.
     """
+    if len(args.seeds) == 1:
+        print("GS compares seeds: with a single one of --seeds it stays empty.", file=sys.stderr)
     methods, columns = EXPERIMENTS[args.experiment]
     if "unimodal" in methods:
         modalities = load_splits(args, torch.device("cpu")).modalities
@@ -626,9 +635,18 @@ def experiment(args, defaults, argv):
         folder,
         title=f"{args.experiment.replace('table', 'Table ')} on {args.dataset}",
         columns=columns,
-        pairs=[(m, "joint") for m in methods if m in METHODS[1:] and args.experiment != "table5"],
+        pairs=pairs_of(args.experiment, methods),
         paper=lambda row: paper_columns("mhm_tables", args.experiment, row, "on AVE"),
     )
+
+
+def pairs_of(table, methods):
+    """Which methods a table compares seed by seed: with joint training, in Table 6 with MHM."""
+    if table == "table5":  # its runs differ in K
+        return []
+    reference = "mhm" if table == "table6" else "joint"
+    freezing = [("mhm", "mhm-no-freeze")] if table == "table3" else []
+    return [*((m, reference) for m in methods if m in METHODS and m != reference), *freezing]
 
 
 def figure2(result, args, methods):

@@ -131,7 +131,8 @@ def draw_bar_panel(axis, rows, column, colors, fields):
         ticks.setdefault(group, []).append(x)
     axis.set_xticks([sum(xs) / len(xs) for xs in ticks.values()], list(ticks))
     axis.set_ylabel(column if any("digits" in row[column] for row in rows) else f"{column} (%)")
-    axis.set_ylim(0, 105 if axis.get_ylim()[1] > 60 else None)
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, 0), 105 if high > 60 else high)
 
 
 # ---- Toy study ----

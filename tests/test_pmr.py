@@ -518,8 +518,8 @@ def test_tables_of_other_knobs_stand_in_other_folders(run, tmp_path):
         run("--experiment", "table1", "--fusion", "sum", "--method", "joint", *flags)
     folders = sorted(path.name for path in (tmp_path / "pmr" / "digits").glob("table1*"))
     assert folders == [
-        "table1-train-samples=40-epochs=1",
-        "table1-train-samples=40-epochs=1-alpha=3.0",
+        "table1-sum-train-samples=40-epochs=1",
+        "table1-sum-train-samples=40-epochs=1-alpha=3.0",
     ]
     record = json.loads((tmp_path / "pmr" / "digits" / folders[1] / "table.json").read_text())
     assert record["arguments"]["alpha"] == 3 and record["arguments"]["method"] == ["joint"]
