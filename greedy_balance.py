@@ -581,6 +581,8 @@ def parse_args(argv=None):
     add("--until-fitted", action="store_true", help="stop at 100 %% training accuracy")
     add("--rates", type=number(int, 1), default=20, metavar="N", help="of the sweep (%(default)s)")
     args = parser.parse_args(argv)
+    if args.experiment == "sweep" and args.lr is not None:
+        raise UserError("The sweep draws its own learning rates; leave out --lr.")
     defaults = fill_from_recipe(parser, args, RECIPES[args.dataset])
     return args, defaults
 

@@ -1073,6 +1073,7 @@ def test_bad_flags_are_refused_by_name(run, capsys, argv, sentence):
             "no modality 'depth' in digits for --duplicate; choose from gray",
         ),
         (["--duplicate", "gray", "--biased", "gray"], "leave out --biased"),
+        (["--experiment", "sweep", "--lr", "0.1"], "leave out --lr"),
         (["--audio-snr", "3"], "digits has no dial --audio-snr"),
         (["--method", "guided", "--eval-only"], "holds no run; train it first"),
         (["--method", "rubi", "--eval-only"], "holds no run; train it first"),
