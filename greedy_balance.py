@@ -285,8 +285,8 @@ def fuse(logits):
 def build_model(config, splits):
     """The network of a method, initialised from the run's seed.
 
-    BatchNorm after every convolution: the gates halve the maps three times, and without it few
-    steps do not suffice to leave chance.
+    BatchNorm after every convolution, for the gates, a half each at first, shrink the maps three
+    times.
     """
     seed_phase(config.seed, "initialisation")
     modalities = splits.modalities

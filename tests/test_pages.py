@@ -40,8 +40,21 @@ def test_the_two_commands_of_the_readme():
     assert "pip install --quiet -r requirements.txt && pytest" in (ROOT / ".ci/run").read_text()
 
 
-def check_command(script, words, tmp_path, require, data_root):
+SCRIPTS = {"pmr.py": pmr, "mhm.py": mhm, "greedy_balance.py": greedy_balance}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param(name, *case.values, id=f"{name}:{case.id}")
+        for name in SCRIPTS
+        for case in commands(name)
+    ],
+)
+def test_commands_run(name, words, tmp_path, require, data_root):
     """On a tiny part of the data, on the CPU; --help and --eval-only need no more than parsing."""
+    script = SCRIPTS[name]
     if "--help" in words:
         with pytest.raises(SystemExit) as exit_info:
             script.main(words)
@@ -56,24 +69,6 @@ def check_command(script, words, tmp_path, require, data_root):
     if args.eval_only:
         script.main([word for word in [*words, *tiny] if word != "--eval-only"])
     assert script.main([*words, *tiny])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", commands("pmr.py"))
-def test_pmr_commands_run(words, tmp_path, require, data_root):
-    check_command(pmr, words, tmp_path, require, data_root)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", commands("mhm.py"))
-def test_mhm_commands_run(words, tmp_path, require, data_root):
-    check_command(mhm, words, tmp_path, require, data_root)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", commands("greedy_balance.py"))
-def test_greedy_balance_commands_run(words, tmp_path, require, data_root):
-    check_command(greedy_balance, words, tmp_path, require, data_root)
 
 
 @pytest.mark.slow
