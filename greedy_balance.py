@@ -30,9 +30,11 @@ from common.command_line import (
     fill_from_recipe,
     load_splits,
     number,
+    recipe_for,
     run_command,
     shared_knobs,
 )
+from common.datasets import DATASETS
 from common.encoders import build_encoder, initialize
 from common.errors import UserError
 from common.experiments import (
@@ -49,7 +51,7 @@ from common.experiments import (
     without_flag,
 )
 from common.fusion import MMTM, SE
-from common.metrics import accuracy, collect, macro_f1
+from common.metrics import accuracy, collect, count_parameters, macro_f1, probe_encoders
 from common.progress import Progress
 from common.rebalance import RUBi
 from common.seeding import seed_phase
@@ -292,10 +294,8 @@ def build_model(config, splits):
     modalities = splits.modalities
     if config.method.startswith("unimodal-"):
         modalities = (config.method.removeprefix("unimodal-"),)
-    encoders = {
-        m: build_encoder(config.dataset, splits.shapes[m], dim=None, batch_norm=True)
-        for m in modalities
-    }
+    options = {"dim": None, "batch_norm": True, "pretrained": config.pretrained}
+    encoders = {m: build_encoder(config.dataset, splits.shapes[m], **options) for m in modalities}
     model = GreedyNet(encoders, splits.num_classes, config.gate_factor)
     return model.to(config.device, memory_format=torch.channels_last)
 
@@ -322,7 +322,10 @@ def train(run, model, splits, config):
     if config.method == "rubi":
         rubi = RUBi(model.encoders[config.biased].dim, splits.num_classes).to(config.device)
     parameters = [*model.parameters(), *(rubi.parameters() if rubi else ())]
-    optimizer = build_optimizer(config.optimizer, parameters, config.lr, config.weight_decay)
+    momentum = 0.0 if config.dataset == "modelnet40" else 0.9  # [P]
+    optimizer = build_optimizer(
+        config.optimizer, parameters, config.lr, config.weight_decay, momentum
+    )
     state = {"model": model, "balance": balance, "policy": policy, "optimizer": optimizer}
     if rubi:
         state["rubi"] = rubi
@@ -489,7 +492,10 @@ def test(run, model, splits, config):
         means = squeezed_means(model, splits.train, config)
         test, predictions = evaluate(model, splits.test, config, means)
         found[name] = (test, evaluate(model, splits.val_iid, config, means)[0])
+    for m, value in probe(model, splits, config, means).items():
+        found["last.pt"][0][m]["probe"] = value
     summary = run.summarize(found["last.pt"][0], found["best.pt"][0])
+    summary["parameters"] = count_parameters(model)
     summary["epochs"] = len(run.history)
     summary["val_iid"] = found["last.pt"][1]
     summary["best"]["val_iid"] = found["best.pt"][1]
@@ -502,6 +508,19 @@ def test(run, model, splits, config):
     if config.method == "rubi":
         summary["biased"] = config.biased
     return summary, predictions
+
+
+@torch.no_grad()
+def probe(model, splits, config, means):
+    """Linear probes of the branches, cut off from each other, modality -> percent."""
+
+    def encode(inputs):
+        with autocast(config.device, config.precision):
+            features = model(inputs, means=means).features
+        return {m: z.float() for m, z in features.items()}
+
+    model.eval()
+    return probe_encoders(encode, splits.train, splits.test)
 
 
 def curves(history, modalities):
@@ -533,13 +552,17 @@ COMMON = {
     "tolerance": 0.1,  # [P]
     "window": 5,  # [P]
 }
+CLIPS = {**COMMON, "epochs": 100, "batch_size": 64, "lr": 1e-3, "num_frames": 1}  # as in pmr.py
 RECIPES = {
     "digits": {**COMMON, "epochs": 30, "color_variance": 0.02},
     "cg-mnist": {**COMMON, "epochs": 30, "color_variance": 0.02},
     "av-digits": {**COMMON, "epochs": 20},
+    "synthetic": {**COMMON, "epochs": 30},
+    "features": {**COMMON, "epochs": 20},
+    **dict.fromkeys(("crema-d", "ave", "vggsound"), CLIPS),
+    "modelnet40": {**COMMON, "epochs": 50, "batch_size": 8, "lr": 0.1, "tolerance": 0.01},  # [P]
 }
 METHODS = ("joint", "rubi", "random", "guided")
-COMPARED = ("digits", "av-digits")  # small enough to compare methods when none is named
 SMALL = 1e-3  # a parameter below counts as zero in `sparsity`; the paper's threshold is lost
 # Grids of the experiments: the paper's are lost, or only drawn. RATES is the range to sample from.
 RATES = (1e-3, 1e-1)
@@ -583,7 +606,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.experiment == "sweep" and args.lr is not None:
         raise UserError("The sweep draws its own learning rates; leave out --lr.")
-    defaults = fill_from_recipe(parser, args, RECIPES[args.dataset])
+    defaults = fill_from_recipe(parser, args, recipe_for(args.dataset, RECIPES))
     return args, defaults
 
 
@@ -623,7 +646,7 @@ def choose_methods(args, modalities):
     """The methods to run: those named, else a comparison, or guided alone where data are large."""
     unimodal = [f"unimodal-{m}" for m in modalities]
     compared = [*unimodal, "joint", "random", "guided"]
-    methods = args.method or (compared if args.dataset in COMPARED else ["guided"])
+    methods = args.method or (compared if DATASETS[args.dataset].small else ["guided"])
     if "rubi" in methods and len(modalities) != 2 and not args.biased:
         raise UserError(f"Of {len(modalities)} modalities, name the biased one by --biased.")
     return check_methods(methods, (*METHODS, *unimodal), args.dataset)
@@ -693,13 +716,14 @@ def experiment(args, defaults, argv):
     arguments = {knob: getattr(args, knob) for knob in knobs}
     folder = experiment_folder("greedy_balance", args, arguments, defaults, fusion="mmtm")
     arguments |= {"method": methods, "seeds": args.seeds}
+    twice = f", {args.duplicate} twice" if args.duplicate else ""
     on_the_papers_data = (args.experiment, args.dataset) == ("table1", "cg-mnist")
     return run_experiment(
         run_all,
         [(knobs, [*argv, *as_flags(knobs)]) for knobs in grid],
         arguments,
         folder,
-        title=f"{args.experiment} on {args.dataset}",
+        title=f"{args.experiment} on {args.dataset}" + twice,
         columns=columns,
         pairs=[("random", "joint"), ("guided", "joint"), ("guided", "random")],
         paper=on_the_papers_data and (lambda row: paper_columns("greedy_table1", "table1", row)),

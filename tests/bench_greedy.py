@@ -31,7 +31,13 @@ class Bench:
 
     def __init__(self, device):
         self.config = SimpleNamespace(
-            dataset="cg-mnist", method="guided", seed=0, device=device, gate_factor=1.0, l1=0.0
+            dataset="cg-mnist",
+            method="guided",
+            seed=0,
+            device=device,
+            gate_factor=1.0,
+            l1=0.0,
+            pretrained=False,
         )
         self.config.gate_mean = "after"
         shapes = {"gray": (1, 28, 28), "color": (3, 28, 28)}

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EVERY_DATASET
+from fake_clips import FROM_FILES
 from test_greedy_equations import maps_at_blocks, percent_right, slow_cut_branch
 from test_greedy_resume import QuickFigure
 from test_pmr import MODALITIES, tensors
@@ -95,25 +97,24 @@ def network(folder, name="last.pt"):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad"])
-@pytest.mark.parametrize(
-    "dataset",
-    ["digits", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cg-mnist", "av-digits"))],
-)
-def test_every_method_dataset_and_optimizer(run, tmp_path, require, dataset, optimizer):
+@pytest.mark.parametrize("dataset", EVERY_DATASET)
+def test_every_method_dataset_and_optimizer(run, tmp_path, require, root_of, dataset, optimizer):
     require(dataset)
     modalities = MODALITIES[dataset]
     methods = [*greedy.METHODS, *(f"unimodal-{m}" for m in modalities)]
-    flags = ["--dataset", dataset, "--optimizer", optimizer, "--tolerance", "0", "--window", "2"]
-    result = run(*flags, "--method", *methods)
+    flags = ["--dataset", dataset, "--data-root", root_of(dataset), "--optimizer", optimizer]
+    result = run(*flags, "--tolerance", "0", "--window", "2", "--method", *methods)
     assert [summary["method"] for summary in result["runs"]] == methods
     for summary in result["runs"]:
         test, method = summary["test"], summary["method"]
         if method.startswith("unimodal-"):
-            assert test[method.removeprefix("unimodal-")] == {"alone": test["accuracy"]}
+            alone = test[method.removeprefix("unimodal-")]
+            assert alone.keys() == {"alone", "probe"} and alone["alone"] == test["accuracy"]
             assert not {"d_speed", "biased"} & summary.keys() and "d_util" not in test
             continue
         for metrics_of in (test, summary["val_iid"], summary["best"]["test"]):
-            assert all(metrics_of[m].keys() == {"branch", "cut", "u"} for m in modalities)
+            reads = {"branch", "cut", "u"} | ({"probe"} if metrics_of is test else set())
+            assert all(metrics_of[m].keys() == reads for m in modalities)
         assert math.isfinite(summary["d_speed"]) and math.isfinite(summary["best"]["d_speed"])
         assert (summary.get("biased") in modalities) == (method == "rubi")
         curated = set(curated_in(folder_of(tmp_path, method)))
@@ -121,8 +122,8 @@ def test_every_method_dataset_and_optimizer(run, tmp_path, require, dataset, opt
         assert method in ("guided", "random") or curated == {None}
 
 
-def test_every_dataset_is_tested_here():
-    assert set(MODALITIES) == set(DATASETS) == set(greedy.RECIPES)
+def test_every_dataset_is_tested_here_or_in_test_clips():
+    assert {*MODALITIES, *FROM_FILES} == set(DATASETS) == set(greedy.RECIPES)
 
 
 def test_every_method_in_bfloat16(run):
@@ -212,6 +213,8 @@ def test_default_methods():
         "digits": ["unimodal-gray", "unimodal-color", "joint", "random", "guided"],
         "av-digits": ["unimodal-audio", "unimodal-visual", "joint", "random", "guided"],
         "cg-mnist": ["guided"],
+        "synthetic": ["unimodal-first", "unimodal-second", "joint", "random", "guided"],
+        "features": ["unimodal-left", "unimodal-right", "joint", "random", "guided"],
     }
 
 
@@ -482,7 +485,7 @@ def test_training_never_reads_the_test_split(run, monkeypatch):
         greedy.Run, "end_epoch", lambda self, *a: (epochs.append(1), end_epoch(self, *a))
     )
     run("--method", "guided", "--tolerance", "0", "--data-root", "data")
-    assert reads == [2] * 8
+    assert reads == [2] * 9
 
 
 # ---- RUBi ----
@@ -587,7 +590,8 @@ def test_summary_recomputed_from_the_checkpoints(fitted, name):
             whole = percent_right(logits[m], labels)
             cut = percent_right(slow_cut_branch(model, m, inputs[m], means), labels)
             rates.append((whole - cut) / whole)
-            assert numbers[m] == pytest.approx({"branch": whole, "cut": cut, "u": rates[-1]})
+            expected = {"branch": whole, "cut": cut, "u": rates[-1]}
+            assert {k: numbers[m][k] for k in expected} == pytest.approx(expected)
         assert numbers["d_util"] == pytest.approx(rates[0] - rates[1])
         fused = (logits["gray"] + logits["color"]) / 2
         assert numbers["accuracy"] == pytest.approx(percent_right(fused, labels))

@@ -458,6 +458,7 @@ def test_swapping_the_modalities_swaps_s_and_turns_d_speed():
 
 def test_identical_modalities_and_branches_give_d_speed_zero():
     config = SimpleNamespace(dataset="digits", method="joint", seed=0, device=CPU, gate_factor=1.0)
+    config.pretrained = False
     shapes = {"gray": (1, 8, 8), "gray-2": (1, 8, 8)}
     splits = SimpleNamespace(modalities=tuple(shapes), shapes=shapes, num_classes=10)
     model = greedy.build_model(config, splits)
