@@ -1,10 +1,14 @@
-"""Fetches the datasets that do not come with a Python package, one sub-command for each.
+"""Gets the datasets that do not come with a Python package, one sub-command for each.
 
     python data/prepare.py fsdd                       # the spoken digits of --dataset av-digits
     python data/prepare.py fsdd --source FILE.tar.gz  # the same from an archive you already have
+    python data/prepare.py crema-d --source DIR       # frames and sound of clips, by ffmpeg
+    python data/prepare.py crema-d --fake 60 --out DIR  # the same from clips made up for a try
+    python data/prepare.py crema-d --check            # is what was prepared still whole?
 
-A dataset is put in place only when it is complete and its SHA-256 is right; a failure says in one
-sentence what to do, exits with 1 and leaves nothing behind.
+The recordings of fsdd are put in place only when they are complete and their SHA-256 is right; a
+failure leaves nothing behind. Clips (crema-d, ave, vggsound, modelnet40) come from files that you
+have; a failure keeps the finished ones. Either says in one sentence what to do and exits with 1.
 """
 
 import argparse
@@ -20,6 +24,8 @@ from pathlib import Path
 from ssl import SSLError
 from urllib.error import URLError
 
+from clips import add_parsers
+from media import PrepareError
 from tqdm import tqdm
 
 # Free Spoken Digit Dataset (Zohar Jackson and others, CC BY-SA 4.0), the release with 6 speakers.
@@ -34,10 +40,6 @@ FSDD_OUT = Path("data/fsdd")
 
 TIMEOUT_S = 30.0  # longest silence of the server, in seconds
 CHUNK_BYTES = 1 << 16
-
-
-class PrepareError(Exception):
-    """A failure that its message explains to the user: what, where and what to do."""
 
 
 def recordings_sha256(folder: str | Path) -> str:
@@ -145,7 +147,7 @@ def prepare_fsdd(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
-    parser = argparse.ArgumentParser(description="Fetch a dataset and check that it is complete.")
+    parser = argparse.ArgumentParser(description="Prepare a dataset and check that it is complete.")
     datasets = parser.add_subparsers(metavar="DATASET", required=True)
     fsdd = datasets.add_parser("fsdd", help="Free Spoken Digit Dataset, for --dataset av-digits")
     out_help = "a folder called fsdd, the recordings go into it (default: %(default)s)"
@@ -156,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         "--source", type=Path, metavar="FILE", help="use this zip or tar.gz, do not download"
     )
     fsdd.set_defaults(prepare=prepare_fsdd)
+    add_parsers(datasets)
     args = parser.parse_args(argv)
     try:
         print(args.prepare(args))

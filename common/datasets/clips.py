@@ -1,0 +1,166 @@
+"""Clips with sound: CREMA-D, AVE and VGGSound, as frames and a spectrogram.
+
+From a folder that `data/prepare.py` made, or for CREMA-D from the tree that users of OGM-GE's and
+PMR's code have: train.csv, test.csv, Image-01-FPS/<clip>/*.jpg and AudioWAV/<clip>.wav.
+"""
+
+import csv
+import math
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchaudio
+
+from ..errors import UserError
+from ..seeding import make_generator
+from .files import (
+    DiskRows,
+    Files,
+    crop_box,
+    frame_names,
+    is_community,
+    make_listing,
+    make_splits,
+    normalize_frames,
+    read_listing,
+    read_wav,
+)
+
+MODALITIES = ("audio", "visual")
+SAMPLE_RATE = 16_000  # Hz
+EMOTIONS = ("NEU", "HAP", "SAD", "FEA", "DIS", "ANG")  # in the order of the released codes
+
+# ---- Spectrograms ----
+
+
+def repeated(waveform, samples):
+    """The waveform over and over, cut to `samples`."""
+    return waveform.repeat(math.ceil(samples / len(waveform)))[:samples].clamp(-1, 1)
+
+
+def pmr_spectrogram(waveform, seconds):
+    """PMR's released preprocessing, scipy.signal.spectrogram with its defaults: (257, T).
+
+    Power density of windows of 512 samples every 159, each less its mean, under a Tukey window of
+    0.25; then the logarithm, standardised over the recording.
+    """
+    windows = repeated(waveform.double(), seconds * SAMPLE_RATE).unfold(0, 512, 159)
+    windows = windows - windows.mean(dim=1, keepdim=True)
+    position = torch.arange(512, dtype=torch.float64)
+    to_edge = torch.minimum(position, 512 - position).clamp_max(64)
+    taper = (1 - (math.pi * to_edge / 64).cos()) / 2
+    power = torch.fft.rfft(windows * taper).abs().square() / (SAMPLE_RATE * taper.square().sum())
+    power[:, 1:-1] *= 2  # the negative frequencies
+    log_power = (power.T + 1e-7).log()
+    return (log_power - log_power.mean()) / (log_power.std(correction=0) + 1e-9)
+
+
+@cache
+def resampler():
+    return torchaudio.transforms.Resample(SAMPLE_RATE, 22_050)
+
+
+def ogm_ge_spectrogram(waveform):
+    """OGM-GE's released code: three seconds at 22.05 kHz, log magnitude, not standardised.
+
+    Hann windows of 512 samples centered every 353: (257, 188).
+    """
+    waveform = repeated(resampler()(waveform), 3 * 22_050)
+    window = torch.hann_window(512)
+    spectrum = torch.stft(waveform, 512, hop_length=353, window=window, return_complex=True)
+    return (spectrum.abs() + 1e-7).log()
+
+
+SPECTROGRAMS = {
+    "pmr-3s": (partial(pmr_spectrogram, seconds=3), (257, 299)),
+    "pmr-10s": (partial(pmr_spectrogram, seconds=10), (257, 1004)),
+    "ogm-ge": (ogm_ge_spectrogram, (257, 188)),
+}
+
+
+class Spectrograms:
+    """Row of the listing -> spectrogram (257, T) float32, computed once and kept on disk."""
+
+    def __init__(self, listing, recipe):
+        self.listing, self.recipe = listing, recipe
+        path = listing.folder / "cache" / f"{recipe}-{listing.digest}.rows"
+        self.kept = DiskRows(path, len(listing.ids), SPECTROGRAMS[recipe][1], np.float32)
+
+    def __call__(self, row):
+        def compute():
+            path = self.listing.folder / self.listing.audio / f"{self.listing.ids[row]}.wav"
+            return 1, SPECTROGRAMS[self.recipe][0](read_wav(path, SAMPLE_RATE)).float()
+
+        return self.kept.get(row, compute)[1]
+
+
+# ---- Frames ----
+
+
+def pick_frames(num_frames, count, rng):
+    """Positions of `num_frames` of `count` frames, in time: evenly in evaluation (no `rng`).
+
+    In training at random, with replacement where the clip has too few.
+    """
+    if rng is None:
+        return [(2 * i + 1) * count // (2 * num_frames) for i in range(num_frames)]
+    draw = rng.sample if count >= num_frames else rng.choices
+    return sorted(draw(range(count), k=num_frames))
+
+
+def render(batch):
+    """Spectrograms (B, 1, 257, T) and frames (B, 3, N, S, S)."""
+    return {"audio": batch["audio"].unsqueeze(1), "visual": normalize_frames(batch["frames"])}
+
+
+# ---- Folders ----
+
+
+def read_community(folder, data_seed):
+    """The listing of CREMA-D's tree; it has no validation split: a tenth of its training clips."""
+    rows = []
+    for name in ("train", "test"):
+        path = folder / f"{name}.csv"
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                rows += [(clip, EMOTIONS.index(label), name) for clip, label in csv.reader(file)]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); it should have lines such as "
+                "1001_DFA_ANG_XX,ANG."
+            ) from error
+    ids, labels = [clip for clip, _, _ in rows], [label for _, label, _ in rows]
+    counts = [len(frame_names(folder / "Image-01-FPS" / clip)) for clip in ids]
+    train, test = (
+        np.flatnonzero([part == name for _, _, part in rows]) for name in ("train", "test")
+    )
+    order = torch.randperm(len(train), generator=make_generator(data_seed, "split")).numpy()
+    val, train = np.split(train[order], [max(1, len(train) // 10)])
+    splits = {"train": train, "val": val, "test": test}
+    return make_listing(folder, "Image-01-FPS", "AudioWAV", EMOTIONS, ids, labels, counts, splits)
+
+
+def load(name, root, data_seed, num_frames, spectrogram, frame_cache, image_size):
+    """The clips of dataset `name` in `root`/`name`.
+
+    num_frames:  of each clip; with one and with several, visual is (B, 3, N, S, S).
+    spectrogram: a name in `SPECTROGRAMS`.
+    frame_cache: 1 keeps decoded frames on disk, 256 pixels high for 224: fast, and large.
+    image_size:  S.
+    """
+    folder = Path(root) / name
+    community = name == "crema-d" and is_community(folder)
+    listing = read_community(folder, data_seed) if community else read_listing(folder, name)
+    files = Files(
+        listing,
+        num_frames,
+        partial(pick_frames, num_frames),
+        crop_box,
+        image_size,
+        frame_cache,
+        frame_side=round(image_size * 256 / 224),
+        spectrograms=Spectrograms(listing, spectrogram),
+    )
+    return make_splits(listing, files, render, MODALITIES, data_seed)

@@ -1,0 +1,154 @@
+"""Benchmark of loading clips for training: samples per second against the usual per-item way.
+
+    python tests/bench_clips.py            # about five minutes
+
+Clips of CREMA-D's dimensions with made-up, photograph-like frames: 480 x 360 pixels, three frames
+each, 2.5 seconds of sound at 16 kHz; OGM-GE's spectrogram, three frames cropped to 224, batch 64.
+The usual way, tests/plain_clips.py, decodes the stored frames and resamples and transforms the
+sound at each access. Ours reads what data/prepare.py leaves: JPEGs with a short side of 256 pixels.
+Both have the same number of workers; ours ends with floats of the whole batch on the CPU.
+
+(a) ours / usual way, with frames decoded from the prepared JPEGs.
+(b) The same with --frame-cache 1.
+(c) What the first epoch costs, which also computes the spectrograms and fills the cache: the
+    first epoch of (b) / an epoch of the usual way.
+(d) Private memory of a process after as many batches from four times as many clips, less that
+    from the fewer: what grows with the clips beside the files that are mapped.
+
+An epoch is timed in wall time from its start with idle workers to its last batch. (a) and (b) are
+medians of interleaved pairs.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import fake_clips
+import plain_clips
+from bench_pmr import ROWS, interleave, ratios, report
+from PIL import Image
+
+from common.datasets import load_dataset
+from common.seeding import make_generator
+from common.training import write_json
+
+BATCH = 64
+FEW, MANY = 256, 1024  # clips of (d)
+
+
+def write_both(root, clips):
+    """The same clips in `root`/usual/crema-d at their stored size, and in `root`/ours prepared."""
+    usual = fake_clips.write_community(
+        root / "usual", (clips, 2), counts=(3,), shape=(360, 480), seconds=2.5
+    )
+    ours = fake_clips.write_prepared(
+        root / "ours", "crema-d", (clips, 1, 1), counts=(3,), shape=(256, 341), seconds=2.5
+    )
+    sources = sorted((usual / "Image-01-FPS").glob("train*/*.jpg"))
+    for source, target in zip(sources, sorted(ours.glob("frames/train*/*.jpg")), strict=True):
+        Image.open(source).resize((341, 256), Image.Resampling.BICUBIC).save(target, quality=90)
+    return usual
+
+
+def our_epochs(root, workers, frame_cache, size=224):
+    """A function that runs through an epoch of training batches."""
+    dials = {"spectrogram": "ogm-ge", "num_frames": 3, "frame_cache": frame_cache}
+    dials["image_size"] = size
+    splits = load_dataset("crema-d", root / "ours", num_workers=workers, **dials)
+    generator = make_generator("benchmark")
+
+    def epoch():
+        for inputs, _, _ in splits.train.batches(BATCH, generator, augment=True):
+            assert inputs["visual"].shape[1:] == (3, 3, size, size)
+            assert inputs["audio"].shape[1:] == (1, 257, 188)
+
+    return epoch
+
+
+def usual_epochs(folder, workers):
+    loader = plain_clips.make_loader(folder, BATCH, workers)
+
+    def epoch():
+        for audio, frames, _ in loader:
+            assert frames.shape[1:] == (3, 3, 224, 224)
+            assert audio.shape[1:] == (1, 257, 188)
+
+    return epoch
+
+
+def seconds(epoch):
+    start = time.perf_counter()
+    epoch()
+    return time.perf_counter() - start
+
+
+PRIVATE_MEMORY = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import bench_clips
+epoch = bench_clips.our_epochs(Path(sys.argv[3]), 0, 1, size=32)
+for _ in range(int(sys.argv[4])):
+    epoch()
+status = Path("/proc/self/status").read_text()
+print(status.split("RssAnon:")[1].split()[0])
+"""
+
+
+def private_memory(clips):
+    """MB of a process that has read so many small clips again and again from a full frame cache."""
+    tests = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        fake_clips.write_prepared(root / "ours", "crema-d", (clips, 1, 1), shape=(120, 160))
+        arguments = [str(tests.parent), str(tests), str(root), str(2 * MANY // clips)]
+        command = [sys.executable, "-c", PRIVATE_MEMORY, *arguments]
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed is given back
+        for _ in range(2):  # the first one fills the cache
+            kibibytes = int(subprocess.check_output(command, text=True, env=environment))
+    return kibibytes * 1024 / 1e6
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--clips", type=int, default=256, metavar="N", help="%(default)s")
+    parser.add_argument("--pairs", type=int, default=20, metavar="N", help="%(default)s")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="%(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {options.workers} workers, {options.pairs} pairs\n")
+    print(f"{'':47}{'median':>8}     {'range':20}target")
+    with tempfile.TemporaryDirectory() as root:
+        usual = usual_epochs(write_both(Path(root), options.clips), options.workers)
+        usual()
+        open_ours = partial(our_epochs, Path(root), options.workers)
+        cached = open_ours(frame_cache=1)
+        first = seconds(cached) / seconds(usual)
+        ways = {"(a) from JPEGs": (open_ours(frame_cache=0), 2), "(b) from the cache": (cached, 4)}
+        for name, (ours, target) in ways.items():
+            times = interleave(usual, ours, options.pairs, clock=time.perf_counter)
+            report(f"{name}: ours / usual way", ratios(times), (">=", target))
+            for side, column in zip(("usual way", "ours"), zip(*times, strict=True), strict=True):
+                report(f"    {side}", [options.clips / s for s in column], unit=" /s")
+        report("(c) first epoch / epoch of the usual way", [first])
+    growth = private_memory(MANY) - private_memory(FEW)
+    report(f"(d) {MANY} clips less {FEW}", [growth], ("<=", 5), " MB")
+    if options.json:
+        write_json(options.json, {"pairs": options.pairs, "rows": ROWS})
+
+
+if __name__ == "__main__":
+    main()
