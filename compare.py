@@ -1,0 +1,219 @@
+"""Every method of the scripts and their rivals on the same data, side by side.
+
+    python compare.py                                           # digits, one seed
+    python compare.py --dataset synthetic --seeds 0 1 2 3 4
+    python compare.py --dataset cg-mnist --seeds 0 1 2 --device cuda
+
+Splits, encoders, epochs, batches and optimizer are the same for all: those of pmr.py's recipe. The
+knobs of a method are its own script's. Runs are those of the scripts, under --out; finished ones
+are reused and unfinished ones gone on with, so the same command can be given again and again. Flags
+that compare.py does not know go to all the scripts. See docs/compare.md.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+import greedy_balance
+import mhm
+import pmr
+import umt_ume
+from common.command_line import load_splits, recipe_for, run_command
+from common.datasets import DATASETS
+from common.experiments import format_markdown, format_text, lookup, paired_differences
+from common.figures import draw_scatter
+from common.rebalance import RIVALS
+from common.training import make_folder, write_atomically, write_figure, write_json
+
+SHARED = ("epochs", "batch_size", "lr", "weight_decay", "schedule")
+
+
+def plan(modalities):
+    """What to run: (network, script, fusion, methods). A method is known by its network too.
+
+    late:    an encoder for each modality and a fusion head.
+    mmtm:    greedy_balance.py's, whose branches exchange gates between their stages.
+    modular: mhm.py's, with a layer more between fusion and head.
+    """
+    alone = [f"unimodal-{m}" for m in modalities]
+    late = [*alone, "ume", "joint", *RIVALS, "umt"]
+    if len(modalities) != 2:  # PMR, FiLM, the gated head and RUBi are of two modalities
+        return [
+            ("late", umt_ume, "concat", late),
+            ("late", pmr, "sum", ["joint"]),
+            ("mmtm", greedy_balance, "mmtm", ["joint", "random", "guided"]),
+            ("modular", mhm, "concat", ["joint", "ensemble", "mhm"]),
+        ]
+    return [
+        ("late", umt_ume, "concat", late),
+        ("late", pmr, "concat", ["pmr"]),
+        *(("late", pmr, fusion, ["joint"]) for fusion in ("sum", "film", "gated")),
+        ("mmtm", greedy_balance, "mmtm", ["joint", "rubi", "random", "guided"]),
+        ("modular", mhm, "concat", ["joint", "ensemble", "mhm"]),
+    ]
+
+
+def run_everything(args, rest):
+    """The summaries of all runs, each with the `network` it is of."""
+    recipe = recipe_for(args.dataset, pmr.RECIPES)
+    shared = {knob: recipe[knob] for knob in SHARED}
+    dials = {k: v for k, v in DATASETS[args.dataset].dials.items() if v is not None}
+    flags = ["--dataset", args.dataset, "--out", args.out, "--seeds", *map(str, args.seeds)]
+    for knob, value in (shared | dials).items():
+        flags += ["--" + knob.replace("_", "-"), str(value)]
+    flags += ["--resume", *rest]
+    runs = []
+    for network, script, fusion, methods in plan(find_modalities(flags)):
+        result = script.run_all([*flags, "--fusion", fusion, "--method", *methods])
+        runs += [{**run, "network": network} for run in result["runs"]]
+    return runs
+
+
+def find_modalities(flags):
+    """The modalities of the dataset that `flags` name."""
+    args, _ = umt_ume.parse_args(flags)
+    return load_splits(args, torch.device("cpu")).modalities
+
+
+# ---- The table ----
+
+
+def tabulate(runs):
+    """A row for each network, method and fusion; means over seeds with their standard error."""
+    modalities = [m.removeprefix("unimodal-") for m in named(runs) if m.startswith("unimodal-")]
+    runs = complete(runs, modalities)
+    reference = [run for run in runs if key_of(run) == ("late", "joint", "concat")]
+    rows = []
+    for key in dict.fromkeys(map(key_of, runs)):
+        own = [run for run in runs if key_of(run) == key]
+        row = dict(zip(("network", "method", "fusion"), key, strict=True))
+        row["test"] = mean(own, "test.accuracy")
+        row["- joint"] = difference(runs, key)
+        row |= {"best": mean(own, "best.test.accuracy"), "macro-F1": mean(own, "test.macro_f1")}
+        row |= {f"{m} probe": mean(own, f"test.{m}.probe") for m in modalities}
+        row["balance"] = mean(own, "balance")
+        row["time"] = total(own, "cpu_seconds") / total(reference, "cpu_seconds")
+        row["parameters"] = own[0]["parameters"]
+        rows.append(row)
+    return rows
+
+
+def named(runs):
+    """The methods, in order."""
+    return list(dict.fromkeys(run["method"] for run in runs))
+
+
+def key_of(run):
+    return run["network"], run["method"], run["fusion"]
+
+
+def complete(runs, modalities):
+    """What a run owes to the uni-modal ones of its seed: UME its encoders, and with UMT the time to
+    train them. And its `balance`: of all encoders the lowest probe in percent of that of the
+    encoder that was trained alone."""
+    alone = {
+        (run["method"].removeprefix("unimodal-"), run["seed"]): run
+        for run in runs
+        if run["method"].startswith("unimodal-")
+    }
+    found = []
+    for run in runs:
+        teachers = {m: alone[m, run["seed"]] for m in modalities}
+        run = {**run, "test": dict(run["test"])}
+        if run["method"] == "ume":
+            run["cpu_seconds"] = 0.0
+            run["test"] |= {m: teacher["test"][m] for m, teacher in teachers.items()}
+        if run["method"] in ("ume", "umt"):
+            run["cpu_seconds"] += sum(teacher["cpu_seconds"] for teacher in teachers.values())
+        shares = [
+            100 * lookup(run, f"test.{m}.probe") / lookup(teacher, f"test.{m}.probe")
+            for m, teacher in teachers.items()
+            if lookup(run, f"test.{m}.probe") is not None
+        ]
+        run["balance"] = min(shares) if len(shares) == len(modalities) else None
+        found.append(run)
+    return found
+
+
+def mean(runs, path):
+    """{"mean", "standard_error", "n"} of the number at `path`, or None."""
+    values = [value for value in (lookup(run, path) for run in runs) if value is not None]
+    if not values:
+        return None
+    center = sum(values) / len(values)
+    spread = sum((value - center) ** 2 for value in values) / max(1, len(values) - 1)
+    error = math.sqrt(spread / len(values))
+    return {"mean": center, "standard_error": error, "n": len(values)}
+
+
+def total(runs, path):
+    return sum(lookup(run, path) for run in runs) / len(runs)
+
+
+def difference(runs, key):
+    """`+1.2 ± 0.3`: test accuracy less that of joint training with the same network and fusion,
+    paired by seed; UME is compared with the late fusion by concatenation."""
+    network, method, fusion = key
+    if method == "joint" or method.startswith("unimodal-"):
+        return None
+    runs = [{**run, "fusion": run["fusion"] or "concat"} for run in runs]
+    runs = [run for run in runs if run["network"] == network]
+    found = paired_differences(runs, method, "joint")
+    (row,) = (row for row in found if row["fusion"] == (fusion or "concat"))
+    error = row["standard_error"]
+    return f"{row['mean']:+.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+
+def readable(rows):
+    """Rows as the documents show them."""
+    return [
+        {
+            **row,
+            "fusion": row["fusion"] or "-",
+            "time": f"{row['time']:.1f}",
+            "parameters": f"{row['parameters']:,}",
+        }
+        for row in rows
+    ]
+
+
+# ---- Command line ----
+
+
+def parse_args(argv=None):
+    """The flags that are compare.py's own, and the others, which go to the scripts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--dataset", choices=list(DATASETS), default="digits", help="default: %(default)s")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    add("--out", default="runs", metavar="DIR", help="where runs are written (%(default)s)")
+    return parser.parse_known_args(argv)
+
+
+def main(argv=None):
+    """Run everything, write compare.json, compare.md and compare.png; returns the record."""
+    args, rest = parse_args(argv)
+    runs = run_everything(args, rest)
+    rows = tabulate(runs)
+    title = f"All methods on {args.dataset}"
+    record = {"title": title, "dataset": args.dataset, "seeds": args.seeds, "flags": rest}
+    record |= {"rows": readable(rows), "runs": runs}
+    folder = Path(args.out) / "compare" / args.dataset
+    make_folder(folder)
+    write_json(folder / "compare.json", record)
+    markdown = format_markdown(readable(rows)) + "\n"
+    write_atomically(folder / "compare.md", lambda file: file.write(markdown.encode()))
+    write_figure(folder / "compare.png", draw_scatter(title, rows, "balance", "test"))
+    print(f"\n{title}: mean ± standard error over {len(args.seeds)} seeds\n")
+    print(f"{format_text(readable(rows))}\n\nTable and figure: {folder}")
+    return record
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,144 @@
+"""compare.py: what it runs, the table from hand-made runs, and a method of one's own."""
+
+import json
+import math
+import re
+import runpy
+import statistics
+
+import pytest
+import torch
+from conftest import ROOT
+
+import compare
+from common.errors import UserError
+from common.experiments import RESULTS, format_markdown
+from common.rebalance import RIVALS
+
+TINY = ["--epochs", "1", "--train-samples", "60", "--device", "cpu"]
+
+
+def made(method, seed, accuracy, probes, network="late", fusion="concat", cpu=10.0, best=50.0):
+    """A summary as the scripts give it; probes: modality -> percent."""
+    test = {"accuracy": accuracy, "macro_f1": accuracy - 1}
+    test |= {m: {"probe": value} for m, value in probes.items()}
+    summary = {"method": method, "fusion": fusion, "seed": seed, "network": network, "test": test}
+    summary |= {"best": {"test": {"accuracy": best}}, "cpu_seconds": cpu, "parameters": 1234}
+    return summary
+
+
+RUNS = [
+    run
+    for seed, shift in ((0, 0.0), (1, 2.0))
+    for run in (
+        made("unimodal-a", seed, 60 + shift, {"a": 80}, fusion=None, cpu=4.0),
+        made("unimodal-b", seed, 40.0, {"b": 50}, fusion=None, cpu=6.0),
+        {k: v for k, v in made("ume", seed, 75.0, {}, fusion=None).items() if k != "cpu_seconds"},
+        made("joint", seed, 70 + shift, {"a": 80, "b": 25}),
+        made("umt", seed, 74 + 2 * shift, {"a": 76, "b": 50}, cpu=11.0),
+        made("joint", seed, 50.0, {"a": 40, "b": 50}, "mmtm", "mmtm", cpu=20.0),
+        made("guided", seed, 53 - shift, {"a": 80, "b": 50}, "mmtm", "mmtm", cpu=30.0),
+    )
+]
+
+
+def test_table_of_hand_made_runs():
+    rows = {(row["network"], row["method"]): row for row in compare.tabulate(RUNS)}
+    assert len(rows) == 7
+    joint, umt, ume = rows["late", "joint"], rows["late", "umt"], rows["late", "ume"]
+    assert joint["test"] == {"mean": 71.0, "standard_error": pytest.approx(1.0), "n": 2}
+    assert joint["- joint"] is None and rows["late", "unimodal-a"]["- joint"] is None
+    assert umt["- joint"] == "+5.0 ± 1.0"  # +4 and +6
+    assert ume["- joint"] == "+4.0 ± 1.0"  # 75 - 70 and 75 - 72
+    assert rows["mmtm", "guided"]["- joint"] == "+2.0 ± 1.0"  # against mmtm's joint training
+    assert joint["balance"]["mean"] == 50 and umt["balance"]["mean"] == 95
+    assert ume["balance"]["mean"] == 100 and ume["b probe"]["mean"] == 50
+    assert rows["late", "unimodal-a"]["balance"] is None
+    assert umt["time"] == pytest.approx(2.1) and ume["time"] == pytest.approx(1.0)
+    assert rows["mmtm", "guided"]["time"] == pytest.approx(3.0)
+    assert (umt["best"]["mean"], umt["macro-F1"]["mean"]) == (50, 75)
+
+
+def test_standard_error_is_that_of_the_mean():
+    runs = [made("joint", seed, x, {}) for seed, x in enumerate((1.0, 4.0, 10.0))]
+    found = compare.mean(runs, "test.accuracy")
+    assert found["standard_error"] == pytest.approx(statistics.stdev((1, 4, 10)) / math.sqrt(3))
+    assert compare.mean(runs, "test.a.probe") is None
+
+
+def test_one_seed_has_no_error():
+    rows = compare.readable(compare.tabulate([run for run in RUNS if run["seed"] == 0]))
+    (umt,) = (row for row in rows if row["method"] == "umt")
+    assert umt["- joint"] == "+4.0" and umt["parameters"] == "1,234"
+    assert "| umt | concat | 74.0 | +4.0 |" in format_markdown(rows)
+
+
+@pytest.mark.slow
+def test_all_methods_on_digits_and_again_without_training(tmp_path, monkeypatch):
+    argv = ["--seeds", "0", "1", "--out", str(tmp_path), *TINY]
+    record = compare.main(argv)
+    folder = tmp_path / "compare" / "digits"
+    assert json.loads((folder / "compare.json").read_text()) == json.loads(json.dumps(record))
+    assert (folder / "compare.md").read_text() == format_markdown(record["rows"]) + "\n"
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    wanted = {
+        *(("late", m) for m in ("unimodal-gray", "unimodal-color", "joint", "umt", "ume", "pmr")),
+        *(("late", m) for m in RIVALS),
+        *(("mmtm", m) for m in ("joint", "rubi", "random", "guided")),
+        *(("modular", m) for m in ("joint", "ensemble", "mhm")),
+    }
+    assert {(row["network"], row["method"]) for row in record["rows"]} == wanted
+    heads = {row["fusion"] for row in record["rows"] if row["method"] == "joint"}
+    assert heads == {"concat", "sum", "film", "gated", "mmtm"}
+    for row in record["rows"]:
+        assert row["test"]["n"] == 2 and (row["balance"] or "unimodal" in row["method"])
+    settings = set()
+    for path in tmp_path.glob("*/digits/*/config.json"):
+        found = json.loads(path.read_text())["arguments"]
+        settings.add(
+            tuple(found[k] for k in ("epochs", "batch_size", "lr", "weight_decay", "schedule"))
+        )
+        assert found["color_variance"] == 0.03
+    assert len(settings) == 1
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("trains again")
+
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    assert compare.main(argv)["rows"] == record["rows"]
+
+
+def test_three_modalities_leave_out_what_compares_two():
+    methods = {(network, m) for network, *_, names in compare.plan("abc") for m in names}
+    assert ("late", "pmr") not in methods and ("mmtm", "rubi") not in methods
+    assert {("late", "umt"), ("mmtm", "guided"), ("modular", "mhm")} <= methods
+
+
+def test_a_method_of_ones_own_gets_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "plan", lambda m: [row for row in PLAN(m) if row[0] == "late"][:1])
+    monkeypatch.setitem(RIVALS, "half-speed", None)  # taken out again after the test
+    runpy.run_path(str(ROOT / "examples" / "own_method.py"))
+    record = compare.main(["--dataset", "synthetic", "--out", str(tmp_path), *TINY])
+    (row,) = (row for row in record["rows"] if row["method"] == "half-speed")
+    assert row["fusion"] == "concat" and row["- joint"]
+    lines = (ROOT / "examples" / "own_method.py").read_text().splitlines()
+    assert len(lines) < 40
+
+
+PLAN = compare.plan
+
+
+def test_unknown_flags_are_refused_by_the_scripts(tmp_path):
+    with pytest.raises(SystemExit):
+        compare.main(["--no-such-flag", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="no dial --audio-snr"):
+        compare.main(["--audio-snr", "3", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("compare_*.json")), ids=lambda path: path.stem)
+def test_rows_of_the_results_are_those_of_their_runs(path):
+    record = json.loads(path.read_text())
+    again = compare.readable(compare.tabulate(record["runs"]))
+    assert record["rows"] == json.loads(json.dumps(again))
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(rf"<!-- table {path.name} rows -->\n", readme)
