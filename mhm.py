@@ -30,9 +30,11 @@ from common.command_line import (
     fill_from_recipe,
     load_splits,
     number,
+    recipe_for,
     run_command,
     shared_knobs,
 )
+from common.datasets import DATASETS
 from common.encoders import build_encoder, initialize
 from common.errors import UserError
 from common.experiments import (
@@ -50,11 +52,13 @@ from common.fusion import FUSIONS, ShakeShake, average_probabilities
 from common.metrics import (
     accuracy,
     collect,
+    count_parameters,
     divergence_from_mean,
     hitting_ratio,
     macro_f1,
     missing_ratio,
     pairwise_divergence,
+    probe_encoders,
 )
 from common.progress import Progress
 from common.seeding import make_generator, seed_phase
@@ -233,8 +237,13 @@ class Classification:
             self.modalities = (config.method.removeprefix("unimodal-"),)
 
     def build_theta(self):
-        dataset, shapes = self.config.dataset, self.splits.shapes
-        theta = UnimodalEmbeddings({m: build_encoder(dataset, shapes[m]) for m in self.modalities})
+        config, shapes = self.config, self.splits.shapes
+        theta = UnimodalEmbeddings(
+            {
+                m: build_encoder(config.dataset, shapes[m], pretrained=config.pretrained)
+                for m in self.modalities
+            }
+        )
         self.dims = {m: encoder.dim for m, encoder in theta.items()}
         return theta
 
@@ -442,12 +451,29 @@ def test(run, network, task, splits, config):
     end = run.history[-1]
     last, predictions = evaluate(network, task, splits.test, end["deployed"], config)
     seen, _ = evaluate(network, task, splits.train, end["deployed"], config)
+    paths = [members(config.method, config.heads)[k] for k in end["deployed"]]
+    for m, found in probe(network.theta[paths[0][0]], splits, config).items():
+        last.setdefault(m, {})["probe"] = found
     summary = run.summarize(last, best)
+    deployed = {part for i, j, k in paths for part in (f"theta-{i}", f"phi-{j}", f"psi-{k}")}
+    summary["parameters"] = count_parameters(*(network.parts()[name] for name in deployed))
     summary["gap"] = {"val_iid": end["gap"], "test": seen["accuracy"] - last["accuracy"]}
     summary |= {"heads": run.arguments.get("heads"), "deployed": end["deployed"]}
     if "gs_harness" in end:
         summary["gs_harness"] = end["gs_harness"]
     return summary, predictions
+
+
+@torch.no_grad()
+def probe(theta, splits, config):
+    """Linear probes of the encoders of one theta, in evaluation mode, modality -> percent."""
+
+    def encode(inputs):
+        with autocast(config.device, config.precision):
+            features = theta(inputs)
+        return {m: z.float() for m, z in features.items()}
+
+    return probe_encoders(encode, splits.train, splits.test)
 
 
 def curves(history):
@@ -468,16 +494,19 @@ def curves(history):
 # ---- Command line ----
 
 COMMON = {"batch_size": 64, "lr": 0.01, "weight_decay": 1e-4, "schedule": "none", "epochs": 20}
+LARGE = {**COMMON, "lr": 1e-3, "schedule": "step", "epochs": 100}
 RECIPES = {  # as in pmr.py; the paper has none of these datasets
     "digits": COMMON,
-    "cg-mnist": {**COMMON, "lr": 1e-3, "schedule": "step", "epochs": 100},
+    "cg-mnist": LARGE,
     "av-digits": {**COMMON, "schedule": "step"},
+    "synthetic": {**COMMON, "lr": 0.05, "schedule": "cosine", "epochs": 30},
+    "features": COMMON,
+    **dict.fromkeys(("crema-d", "ave", "vggsound", "modelnet40"), LARGE),
 }
 METHODS = (
     *("joint", "mhm", "mhm-no-freeze", "ensemble", "dropout", "shake-shake"),
     *(*ONE_HEAD, "k-heads-one-set", "head-ensemble", "mmm"),
 )
-COMPARED = ("digits", "av-digits")  # small enough to compare methods when none is named
 GS = {"pairwise": pairwise_divergence, "mean": divergence_from_mean}
 DIGITS = {"GS-harness": 3, "GS": 3, "missing": 3, "hitting": 3}  # decimals in tables
 
@@ -512,7 +541,7 @@ def parse_args(argv=None):
         help="divergence that GS is: between pairs of networks, or from their mean (%(default)s)",
     )
     args = parser.parse_args(argv)
-    defaults = fill_from_recipe(parser, args, RECIPES[args.dataset])
+    defaults = fill_from_recipe(parser, args, recipe_for(args.dataset, RECIPES))
     args.fusion = args.fusion or "concat"
     return args, defaults
 
@@ -525,7 +554,7 @@ def choose_methods(args, splits):
         )
     unimodal = [f"unimodal-{m}" for m in splits.modalities]
     compared = [*unimodal, "joint", "mhm-no-freeze", "mhm"]
-    methods = args.method or (compared if args.dataset in COMPARED else ["mhm"])
+    methods = args.method or (compared if DATASETS[args.dataset].small else ["mhm"])
     return check_methods(methods, (*METHODS, *unimodal), args.dataset)
 
 

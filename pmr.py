@@ -16,6 +16,7 @@ runs/pmr/<dataset>/<method>-<fusion>[-<knob>=<value>]-seed<k>/. See docs/pmr.md.
 import math
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,14 +25,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.command_line import (
+    add_rival_flags,
     build_parser,
     check_methods,
     fill_from_recipe,
     load_splits,
     number,
+    recipe_for,
     run_command,
     shared_knobs,
 )
+from common.datasets import DATASETS
 from common.encoders import build_encoder
 from common.errors import UserError
 from common.experiments import (
@@ -43,13 +47,14 @@ from common.experiments import (
     without_flag,
 )
 from common.fusion import FUSIONS, Sum
-from common.metrics import accuracy, collect, macro_f1
+from common.metrics import accuracy, collect, count_parameters, macro_f1, probe_encoders
 from common.progress import Progress
+from common.rebalance import RIVALS, build_rival, check_rivals, rival_knobs
 from common.seeding import make_generator, seed_phase
 from common.training import (
     Run,
-    autocast,
     build_optimizer,
+    forward,
     pick_device,
     scheduled_lr,
     set_lr,
@@ -190,7 +195,10 @@ def build_model(config, splits):
     modalities = splits.modalities
     if config.method.startswith("unimodal-"):
         modalities = (config.method.removeprefix("unimodal-"),)
-    encoders = {m: build_encoder(config.dataset, splits.shapes[m]) for m in modalities}
+    encoders = {
+        m: build_encoder(config.dataset, splits.shapes[m], pretrained=config.pretrained)
+        for m in modalities
+    }
     dims = {m: encoder.dim for m, encoder in encoders.items()}
     head = FUSIONS[config.fusion] if config.fusion else Sum  # of one modality: a linear classifier
     model = MultimodalNet(encoders, head(dims, config.num_classes))
@@ -216,15 +224,14 @@ def draw_subset(splits, config):
 
 
 def forward_split(model, split, config):
-    """Logits, features and labels of a whole split, in evaluation mode and in float32."""
+    """Logits, features and labels of a whole split, in evaluation mode."""
 
-    def forward(inputs):
-        with autocast(config.device, config.precision):
-            logits, features = model(inputs)
-        return {"logits": logits.float(), **{m: z.float() for m, z in features.items()}}
+    def look(inputs):
+        logits, features = forward(model, inputs, config)
+        return {"logits": logits, **features}
 
     model.eval()
-    return collect(forward, split)
+    return collect(look, split)
 
 
 def subset_means(model, subset, config):
@@ -236,42 +243,51 @@ def subset_means(model, subset, config):
 
 
 def train(run, model, splits, config):
-    """Algorithm 1. `joint` and `unimodal-*` are the same loop with the cross-entropy alone."""
+    """Algorithm 1. `joint` and `unimodal-*` are the same loop with the cross-entropy alone; see
+    common/rebalance.py for the rivals."""
     subset = draw_subset(splits, config)
     prototypes = build_prototypes(model, config)
-    optimizer = build_optimizer(
-        config.optimizer, model.parameters(), config.lr, config.weight_decay
-    )
-    state = {"model": model, "prototypes": prototypes, "optimizer": optimizer}
-    first_epoch = run.start(state)
-    steps = math.ceil(len(splits.train) / config.batch_size)
-    progress = Progress(run.label, config.epochs, steps, first_epoch)
-    for epoch in range(first_epoch, config.epochs):
-        generator = seed_phase(config.seed, "train", epoch)
+    rival = build_rival(model, splits.train, splits.num_classes, config)
+
+    def new_optimizer(parameters):
+        return build_optimizer(config.optimizer, parameters, config.lr, config.weight_decay)
+
+    def batches(phase, epoch, optimizer):
+        generator = seed_phase(config.seed, phase, epoch)
         set_lr(optimizer, scheduled_lr(config.schedule, config.lr, epoch, config.epochs))
+        return rival.data.batches(config.batch_size, generator, augment=True)
+
+    optimizer = new_optimizer([*model.parameters(), *rival.parameters()])
+    state = {"model": model, "prototypes": prototypes, "rival": rival, "optimizer": optimizer}
+    first_epoch = run.start(state)
+    steps = math.ceil(len(rival.data) / config.batch_size)
+    progress = Progress(run.label, config.epochs, steps, first_epoch)
+    look = partial(forward, config=config)
+    for epoch in range(first_epoch, config.epochs):
+        rival.start_epoch(epoch, config.epochs, model, look, new_optimizer, batches)
         if prototypes:
             means = subset_means(model, subset, config)
             for m in prototypes:
                 prototypes[m].update(*means[m], config.momentum_epsilon)
         mu = config.mu if epoch < config.per_epochs else 0.0  # PER in the first E_r epochs
-        batches = progress(splits.train.batches(config.batch_size, generator, augment=True))
-        training = train_epoch(model, prototypes, optimizer, batches, config, mu)
+        seen = progress(batches("train", epoch, optimizer))
+        training = train_epoch(model, prototypes, rival, optimizer, seen, config, mu)
         validation, _ = evaluate(model, splits.val, subset, config)
         run.check_finite(training["loss"] + validation["loss"])
         run.end_epoch({"train": training, "val": validation}, state)
     progress.close()
 
 
-def train_epoch(model, prototypes, optimizer, batches, config, mu):
+def train_epoch(model, prototypes, rival, optimizer, batches, config, mu):
     """One pass over the training data. Totals stay on the device until its end."""
     model.train()
     totals = torch.zeros(4, device=config.device)  # samples, summed loss, correct, summed rho
     for inputs, labels, _ in batches:
-        with autocast(config.device, config.precision):
-            logits, features = model(inputs)
-        loss, rho = training_loss(logits.float(), features, labels, prototypes, config, mu)
+        logits, features = forward(model, inputs, config)
+        loss, rho = training_loss(logits, features, labels, prototypes, rival, config, mu)
         optimizer.zero_grad()
         loss.backward()
+        rival.modulate(model, features, labels)
         optimizer.step()
         with torch.no_grad():
             samples = torch.full_like(loss, len(labels))
@@ -282,15 +298,16 @@ def train_epoch(model, prototypes, optimizer, batches, config, mu):
     return {**metrics, "rho": rho / samples} if len(prototypes) == 2 else metrics
 
 
-def training_loss(logits, features, labels, prototypes, config, mu):
-    """The loss of the run's method, and rho, which joint training only watches."""
-    loss = F.cross_entropy(logits, labels)  # Eq. (2)
+def training_loss(logits, features, labels, prototypes, rival, config, mu):
+    """The loss of the run's method, and rho, which joint training and the rivals only watch."""
+    loss = rival.loss(logits, features, labels)  # Eq. (2), if the method is no rival
     if len(prototypes) != 2:
         return loss, torch.zeros_like(loss)
-    with torch.set_grad_enabled(config.method != "joint"):
+    pulls = config.method in ("pmr", "pmr-no-per")
+    with torch.set_grad_enabled(pulls):
         logits0, logits1 = (prototypes[m](z) for m, z in features.items())
     known = next(iter(prototypes.values())).known  # one subset, so equal in both modalities
-    if config.method == "joint":
+    if not pulls:
         return loss, imbalance_ratio(logits0, logits1, labels, known)
     return pmr_loss(loss, logits0, logits1, labels, known, config.alpha, mu, config.coefficients)
 
@@ -353,7 +370,12 @@ def test(run, model, splits, config):
     best, _ = evaluate(model, splits.test, subset, config)
     run.restore({"model": model}, "last.pt")
     last, predictions = evaluate(model, splits.test, subset, config)
+    with torch.no_grad():
+        probes = probe_encoders(lambda x: forward(model, x, config)[1], splits.train, splits.test)
+    for m, found in probes.items():
+        last[m]["probe"] = found
     summary = run.summarize(last, best)
+    summary["parameters"] = count_parameters(model)
     if "rho" in run.history[-1]["train"]:
         summary["rho"] = run.history[-1]["train"]["rho"]
     return summary, predictions
@@ -393,9 +415,14 @@ RECIPES = {
     "digits": {**COMMON, "epochs": 20, "lr": 0.01, "schedule": "none"},
     "cg-mnist": {**COMMON, "epochs": 100},  # [C]
     "av-digits": {**COMMON, "epochs": 20, "lr": 0.01},
+    "synthetic": {**COMMON, "epochs": 30, "lr": 0.05, "schedule": "cosine"},
+    "features": {**COMMON, "epochs": 20, "lr": 0.01, "schedule": "none"},
+    "crema-d": {**COMMON, "epochs": 100, "alpha": 2.0},  # [C]
+    "ave": {**COMMON, "epochs": 100, "alpha": 2.0},  # [C]
+    "vggsound": {**COMMON, "epochs": 100},
+    "modelnet40": {**COMMON, "epochs": 100},
 }
 METHODS = ("pmr", "pmr-no-per", "joint")
-COMPARED = ("digits", "av-digits")  # small enough to compare methods when none is named
 
 
 def knobs_of(config):
@@ -403,10 +430,11 @@ def knobs_of(config):
     common = shared_knobs(config.dataset)
     if config.method.startswith("unimodal-"):
         return common
-    common += ["subset_fraction", "momentum_epsilon"]  # joint training watches prototypes too
+    common += ["subset_fraction", "momentum_epsilon"]  # all others watch prototypes too
     pull = ["alpha", "coefficients"]
     per = ["mu", "per_epochs"]
-    return common + {"joint": [], "pmr-no-per": pull, "pmr": pull + per}[config.method]
+    own = {"pmr-no-per": pull, "pmr": pull + per}
+    return common + own.get(config.method, rival_knobs(config.method))
 
 
 def parse_args(argv=None):
@@ -414,7 +442,8 @@ def parse_args(argv=None):
     parser = build_parser(
         __doc__,
         method_help="pmr, pmr-no-per, joint (the paper's vanilla training), unimodal-<modality>; "
-        "default: pmr beside joint and each modality alone, on large data pmr",
+        f"rivals: {', '.join(RIVALS)}; default: pmr beside joint and each modality alone, on "
+        "large data pmr",
         fusions=["concat", "sum", "film", "gated"],
         experiments=["table1"],
     )
@@ -436,8 +465,9 @@ def parse_args(argv=None):
         default="clip",
         help="Eq. (11) or the released code's 0 and 1 (%(default)s)",
     )
+    add_rival_flags(parser)
     args = parser.parse_args(argv)
-    defaults = fill_from_recipe(parser, args, RECIPES[args.dataset])
+    defaults = fill_from_recipe(parser, args, recipe_for(args.dataset, RECIPES))
     defaults["per_epochs"] = math.ceil(args.epochs / 5)  # paper: "the first training few epochs"
     args.fusions = [args.fusion] if args.fusion else list(FUSIONS)
     args.fusion = args.fusion or "concat"
@@ -449,8 +479,11 @@ def parse_args(argv=None):
 def choose_methods(args, modalities):
     """The methods to run: those named, else a comparison, or PMR alone where data are large."""
     unimodal = [f"unimodal-{m}" for m in modalities]
-    methods = args.method or ([*unimodal, "joint", "pmr"] if args.dataset in COMPARED else ["pmr"])
-    methods = check_methods(methods, (*METHODS, *unimodal), args.dataset)
+    methods = args.method or (
+        [*unimodal, "joint", "pmr"] if DATASETS[args.dataset].small else ["pmr"]
+    )
+    methods = check_methods(methods, (*METHODS, *RIVALS, *unimodal), args.dataset)
+    check_rivals(methods, args.fusion, modalities)
     if {"pmr", "pmr-no-per"} & set(methods) and len(modalities) != 2:
         raise UserError(
             f"PMR's equations compare two modalities; {args.dataset} has {len(modalities)}. "

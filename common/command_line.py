@@ -5,9 +5,12 @@ A default of None means "by dataset": the script's recipe fills it in, see `fill
 
 import argparse
 import os
+import re
 import sys
 
 from .datasets import DATASETS, load_dataset
+from .datasets.clips import SPECTROGRAMS
+from .encoders import encoder_options
 from .errors import UserError
 
 
@@ -48,13 +51,11 @@ def build_parser(docstring, method_help, fusions, experiments):
     add("--data-root", default="data", metavar="DIR", help="where datasets lie (%(default)s)")
     add("--data-seed", type=int, default=0, metavar="N", help="split, colors, pairing (0)")
     add("--train-samples", type=number(int, 1), metavar="N", help="cap, other splits in proportion")
-    for dial, defaults in dials().items():
-        flag = "--" + dial.replace("_", "-")
-        add(flag, type=DIAL_TYPES[dial], metavar="X", help=f"{DIAL_HELP[dial]} ({defaults})")
     add("--method", nargs="+", metavar="NAME", help=method_help)
     add("--fusion", choices=fusions, help=f"default: {fusions[0]}")
     if experiments:
         add("--experiment", choices=experiments, help="a table or figure of the paper")
+    add("--pretrained", action="store_true", help="ResNet-18 starts from ImageNet's weights")
     add("--epochs", type=number(int, 1), metavar="N", help="default: by dataset")
     add("--batch-size", type=number(int, 1), metavar="N", help="default: by dataset")
     add("--optimizer", choices=["sgd", "adam", "adagrad"], default="sgd", help="%(default)s")
@@ -64,6 +65,13 @@ def build_parser(docstring, method_help, fusions, experiments):
     add("--seeds", type=number(int, 0), nargs="+", default=[0], metavar="N", help="default: 0")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="cuda or cpu")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="%(default)s")
+    add(
+        "--num-workers",
+        type=number(int, 0, 256),
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that read frames and sound; changes no result (%(default)s)",
+    )
     add("--out", default="runs", metavar="DIR", help="where runs are written (%(default)s)")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with unfinished runs")
@@ -71,28 +79,82 @@ def build_parser(docstring, method_help, fusions, experiments):
     existing.add_argument(
         "--eval-only", action="store_true", help="test checkpoints, write nothing"
     )
+    add = parser.add_argument_group("dials of the datasets").add_argument
+    for dial, defaults in dials().items():
+        known = DIALS.get(dial, (type(next(iter(defaults.values()))), "a dial of your own"))
+        notes = ", ".join(f"{name} {default}" for name, default in defaults.items())
+        notes = notes.replace("None", "by configuration")
+        add("--" + dial.replace("_", "-"), type=known[0], metavar="X", help=f"{known[1]} ({notes})")
     return parser
 
 
-DIAL_TYPES = {
-    "color_variance": number(float, 0),
-    "visual_energy": number(float, 0, 1, open_low=True),
-    "audio_snr": number(float, -100, infinite=True),
-}
-DIAL_HELP = {
-    "color_variance": "variance of the colors",
-    "visual_energy": "share of the images' PCA energy kept, 1 is clean",
-    "audio_snr": "signal-to-noise ratio in dB, inf is clean",
+def add_rival_flags(parser):
+    """The knobs of the rivals in common/rebalance.py."""
+    add = parser.add_argument_group("rival methods").add_argument
+    add("--ogm-alpha", type=SIZE, default=0.3, metavar="X", help="of ogm-ge (%(default)s)")
+    add(
+        "--drop-probability", type=SHARE, default=0.3, metavar="X", help="of modality-dropout (0.3)"
+    )
+    add(
+        "--blend", choices=["offline", "online"], default="offline", help="g-blending (%(default)s)"
+    )
+    add("--super-epoch", type=number(int, 1), default=5, metavar="N", help="of online blending (5)")
+
+
+def views(text):
+    """An argparse type: numbers with commas, such as 0,6."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be numbers with commas such as 0,6, not {text!r}")
+    return text
+
+
+def spectrogram(text):
+    """An argparse type: the name of a recipe."""
+    if text not in SPECTROGRAMS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SPECTROGRAMS)}, not {text!r}")
+    return text
+
+
+SIZE, SHARE = number(float, 0), number(float, 0, 1)
+DIALS = {
+    "color_variance": (SIZE, "variance of the colors"),
+    "visual_energy": (
+        number(float, 0, 1, open_low=True),
+        "share of the images' PCA energy kept, 1 is clean",
+    ),
+    "audio_snr": (
+        number(float, -100, infinite=True),
+        "signal-to-noise ratio in dB, inf is clean",
+    ),
+    "configuration": (str, "defaults of the dials below: O, N, T or Q"),
+    "pair_type": (str, "suppressor or sum-mod"),
+    "samples": (number(int, 1, 10**6), "training samples"),
+    "noise": (SIZE, "standard deviation of the noise"),
+    "augment": (SIZE, "that of fresh noise in every training batch"),
+    "easy_size": (SIZE, "size of the easy features"),
+    "easy_1": (SHARE, "share of samples with the first modality's easy feature"),
+    "easy_2": (SHARE, "and with the second's"),
+    "hard": (SHARE, "share of samples with a modality's hard feature"),
+    "hard_size_1": (SIZE, "size of the first modality's hard features"),
+    "hard_size_2": (SIZE, "and of the second's"),
+    "pair_size": (SIZE, "size of the paired features"),
+    "nuisance": (SIZE, "what hides a suppressor pair from one modality"),
+    "pair_only": (SHARE, "share of samples with paired features only; 0: all have them too"),
+    "num_frames": (number(int, 1, 1000), "frames of a clip"),
+    "spectrogram": (spectrogram, f"its recipe: {', '.join(SPECTROGRAMS)}"),
+    "views": (views, "of the 12 around a shape, each a modality; 0 is front, 6 rear"),
+    "frame_cache": (number(int, 0, 1), "1 keeps decoded frames on disk, for speed"),
+    "image_size": (number(int, 32, 4096), "height and width of frames and views"),
 }
 
 
 def dials():
-    """Every dial of every dataset, in order, with a note of its defaults."""
-    notes = {}
+    """Every dial of every dataset, in order: dial -> dataset -> default."""
+    found = {}
     for name, dataset in DATASETS.items():
         for dial, default in dataset.dials.items():
-            notes.setdefault(dial, []).append(f"{name} {default}")
-    return {dial: ", ".join(notes) for dial, notes in notes.items()}
+            found.setdefault(dial, {})[name] = default
+    return found
 
 
 def fill_from_recipe(parser, args, recipe):
@@ -109,7 +171,13 @@ def fill_from_recipe(parser, args, recipe):
         raise UserError(
             "--eval-only writes nothing and --experiment a table; leave one of them out."
         )
+    if args.pretrained and "pretrained" not in encoder_options(args.dataset):
+        raise UserError(
+            f"There are no pretrained weights for {args.dataset}; leave out --pretrained."
+        )
     args.seeds = list(dict.fromkeys(args.seeds))  # a seed named twice is still one run
+    identify = DATASETS[args.dataset].identify
+    args.data = identify(args.data_root) if identify else None
     defaults = {name: parser.get_default(name) for name in vars(args)} | own_dials | recipe
     for name, default in defaults.items():
         if getattr(args, name) is None:
@@ -117,10 +185,17 @@ def fill_from_recipe(parser, args, recipe):
     return defaults
 
 
+def recipe_for(dataset, recipes):
+    """The dataset's recipe; one of the user's own has that of `features`."""
+    return recipes.get(dataset, recipes["features"])
+
+
 def shared_knobs(dataset):
     """Names of the shared flags that decide a run's result, whatever the script."""
+    own = ["data"] if DATASETS[dataset].identify else []
+    own += ["pretrained"] if "pretrained" in encoder_options(dataset) else []
     return [
-        *("dataset", "data_seed", "train_samples", *DATASETS[dataset].dials),
+        *("dataset", *own, "data_seed", "train_samples", *DATASETS[dataset].dials),
         *("method", "fusion", "epochs", "batch_size", "optimizer", "lr", "weight_decay"),
         *("schedule", "precision"),
     ]
@@ -129,8 +204,19 @@ def shared_knobs(dataset):
 def load_splits(args, device):
     """The dataset that the command line names, with its dials."""
     dials = {dial: getattr(args, dial) for dial in DATASETS[args.dataset].dials}
+    if dials.get("pair_type") == "sum-mod" and args.fusion in ("concat", "sum"):
+        raise UserError(
+            f"--fusion {args.fusion} is linear in the features, and no linear head can learn "
+            "--pair-type sum-mod; choose another --fusion."
+        )
     return load_dataset(
-        args.dataset, args.data_root, args.data_seed, args.train_samples, device, **dials
+        args.dataset,
+        args.data_root,
+        args.data_seed,
+        args.train_samples,
+        device,
+        args.num_workers,
+        **dials,
     )
 
 

@@ -1,9 +1,13 @@
 """Encoders as a list of stages and a pool, and which encoder a modality of a dataset gets."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
 import torch.nn as nn
+import torchvision
+
+from .errors import UserError
 
 
 class Encoder(nn.Module):
@@ -63,6 +67,71 @@ class CNN(Encoder):
         self.apply(initialize)
 
 
+class MLP(Encoder):
+    """For vectors (B, inputs): two hidden layers with ReLU, each of them a stage.
+
+    dim, batch_norm: as for `CNN`; the width of the features is 64 if `dim` is None.
+    """
+
+    def __init__(self, inputs, dim=64, hidden=256, batch_norm=False):
+        dim = dim or 64
+
+        def layer(before, after):
+            norm = [nn.BatchNorm1d(after)] if batch_norm else []
+            return nn.Sequential(nn.Linear(before, after), *norm, nn.ReLU())
+
+        stages = [layer(inputs, hidden), layer(hidden, dim)]
+        super().__init__(stages, nn.Identity(), dim, channels=(hidden, dim))
+
+
+class PerFrame(nn.Sequential):
+    """Layers for images (B, C, H, W) that also take several at a time, (B, C, N, H, W)."""
+
+    def forward(self, x):
+        if x.dim() == 4:
+            return super().forward(x)
+        maps = super().forward(x.transpose(1, 2).flatten(0, 1))  # (B N, C', H', W')
+        return maps.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+class MeanPool(nn.Module):
+    """(B, C, *space) -> (B, C): the mean over positions, and over frames where there are any."""
+
+    def forward(self, maps):
+        return maps.mean(dim=tuple(range(2, maps.dim())))
+
+
+class ResNet18(Encoder):
+    """torchvision's ResNet-18 without its classifier: spectrograms, images, or frames of a clip.
+
+    in_channels: C of the input (B, C, H, W) or (B, C, N, H, W); features are (B, 512).
+    pretrained:  start from torchvision's ImageNet weights; the papers start from scratch. For one
+                 channel the first convolution's weights are summed over the colors.
+    """
+
+    def __init__(self, in_channels, pretrained=False):
+        weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1 if pretrained else None
+        try:
+            network = torchvision.models.resnet18(weights=weights)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"The ImageNet weights of ResNet-18 cannot be downloaded ({error}); train from "
+                f"scratch, or put {weights.url.split('/')[-1]} into torch's hub/checkpoints folder."
+            ) from error
+        if in_channels != 3:
+            first = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
+            if pretrained:
+                first.weight.data = network.conv1.weight.data.sum(1, keepdim=True) / in_channels
+                first.weight.data = first.weight.data.repeat(1, in_channels, 1, 1)
+            network.conv1 = first
+        stages = [
+            PerFrame(network.conv1, network.bn1, network.relu, network.maxpool),
+            *(PerFrame(*getattr(network, f"layer{i}")) for i in (1, 2, 3, 4)),
+        ]
+        super().__init__(stages, MeanPool(), 512, channels=(64, 64, 128, 256, 512))
+
+
 def initialize(module):
     """PMR's released initialisation (the paper has none); use it as `model.apply(initialize)`."""
     if isinstance(module, nn.Linear):
@@ -72,17 +141,28 @@ def initialize(module):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-# What a modality of a dataset is encoded by: a function of the number of input channels.
+# What a modality of a dataset is encoded by: a function of the number of input channels
+# or, for vectors, of their width.
 ENCODERS: dict[str, Callable] = {
     "digits": partial(CNN, batch_norm=True, first_pool=False),
     "cg-mnist": CNN,
     "av-digits": partial(CNN, batch_norm=True),
+    "synthetic": MLP,
+    "features": MLP,
+    **dict.fromkeys(("crema-d", "ave", "vggsound", "modelnet40"), ResNet18),
 }
 
 
-def build_encoder(dataset, shape, **options):
-    """The encoder for one modality of `dataset`, whose inputs have `shape` (C, H, W).
+def encoder_options(dataset):
+    """Names of the keyword arguments that the encoder of `dataset` has."""
+    return set(inspect.signature(ENCODERS[dataset]).parameters)
 
-    options: as for the encoder's class, in place of the dataset's.
+
+def build_encoder(dataset, shape, **options):
+    """The encoder for one modality of `dataset`, whose inputs have `shape` (C, ...) or (D,).
+
+    options: as for the encoder's class, in place of the dataset's; one that it lacks is left out.
     """
-    return ENCODERS[dataset](shape[0], **options)
+    known = encoder_options(dataset)
+    chosen = {name: value for name, value in options.items() if name in known}
+    return ENCODERS[dataset](shape[0], **chosen)

@@ -90,14 +90,18 @@ def paired_differences(runs, method, reference, groups=("fusion",), pairs=("seed
 
 
 def cell(value):
-    """A table cell: `61.2 ± 0.8`, without the spread for a single run, or `-`."""
+    """A table cell: `61.2 ± 0.8`, without the spread for a single run, or `-`.
+
+    The spread is the standard deviation or, in a mean that has none, its standard error.
+    """
     if value is None:
         return "-"
     if not isinstance(value, dict):
-        return str(value)
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
     digits = value.get("digits", 1)
     text = f"{value['mean']:.{digits}f}"
-    return text + f" ± {value['std']:.{digits}f}" if value["n"] > 1 else text
+    spread = value["std"] if "std" in value else value["standard_error"]
+    return text + f" ± {spread:.{digits}f}" if value["n"] > 1 else text
 
 
 def format_text(rows):
@@ -114,7 +118,8 @@ def format_markdown(rows):
     """Rows (dicts with equal keys) as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     lines += [[cell(value) for value in row.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    escaped = [[text.replace("|", r"\|") for text in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
 def describe_difference(row):
@@ -192,8 +197,9 @@ def log_uniform(count, low, high):
 
 
 def as_flags(knobs):
-    """{"l1": 0.1} -> ["--l1", "0.1"]."""
-    return [word for knob, value in knobs.items() for word in (f"--{knob}", str(value))]
+    """{"pair_only": 0.1} -> ["--pair-only", "0.1"]."""
+    pairs = [("--" + knob.replace("_", "-"), str(value)) for knob, value in knobs.items()]
+    return [word for pair in pairs for word in pair]
 
 
 def correlate(runs, path, other):

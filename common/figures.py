@@ -3,6 +3,7 @@
 from itertools import groupby
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -96,13 +97,37 @@ def draw_trends(title, rows, knobs):
     return figure
 
 
+def draw_scatter(title, rows, x, y):
+    """A labelled point for every row of a table that has columns `x` and `y`, with their errors."""
+    rows = [row for row in rows if row[x] and row[y]]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axis = figure.subplots()
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    for row in rows:
+        color = f"C{networks.index(row['network'])}"
+        name = row["method"] if row["method"] != "joint" else f"joint ({row['fusion']})"
+        point, errors = zip(
+            *((row[k]["mean"], row[k]["standard_error"]) for k in (x, y)), strict=True
+        )
+        axis.errorbar(*point, xerr=errors[0], yerr=errors[1], fmt="o", color=color, capsize=2)
+        axis.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize="small")
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=f"C{i}") for i in range(len(networks))
+    ]
+    axis.legend(handles, networks, title="network")
+    axis.set(xlabel=f"{x} (%)", ylabel=f"{y} accuracy (%)", title=title)
+    axis.grid(alpha=0.3)
+    return figure
+
+
 def draw_bars(title, rows, columns, fields=()):
     """A panel for each column: bars with their standard deviation, a color for each method.
 
     Rows are grouped by their `fields` and fusion. Diamonds are the paper's numbers for `test`.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    colors = {method: f"C{i % 10}" for i, method in enumerate(methods)}
+    palette = colormaps["tab10" if len(methods) <= 10 else "tab20"].colors
+    colors = {method: palette[i % len(palette)] for i, method in enumerate(methods)}
     columns = [column for column in columns if any(row[column] for row in rows)]
     width = 2 + 0.5 * len(rows)
     figure = Figure(figsize=(width * len(columns), 4), layout="constrained")

@@ -115,7 +115,35 @@ class Gated(TwoModalityFusion):
         return self.head(torch.sigmoid(self.gate(first)) * self.value(second))
 
 
+class MLPHead(Fusion):
+    """Linear, ReLU, Linear on the concatenated features."""
+
+    def __init__(self, dims, num_classes, hidden=128):
+        super().__init__(dims, num_classes)
+        self.layers = nn.Sequential(
+            nn.Linear(sum(dims.values()), hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+        )
+
+    def forward(self, features):
+        return self.layers(torch.cat([features[m] for m in self.modalities], dim=1))
+
+
+class AttentionHead(Fusion):
+    """A transformer layer over one token for each modality, their mean, and a linear layer."""
+
+    def __init__(self, dims, num_classes, width=64):
+        super().__init__(dims, num_classes)
+        self.tokens = nn.ModuleDict({m: nn.Linear(dim, width) for m, dim in dims.items()})
+        self.layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0, batch_first=True)
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, features):
+        tokens = [self.tokens[m](features[m]) for m in self.modalities]
+        return self.linear(self.layer(torch.stack(tokens, dim=1)).mean(dim=1))
+
+
 FUSIONS = {"sum": Sum, "concat": Concat, "film": FiLM, "gated": Gated}
+LATE_FUSIONS = {"concat": Concat, "mlp": MLPHead, "attention": AttentionHead}  # of umt_ume.py
 
 
 # ---- Between stages ----

@@ -3,7 +3,11 @@
 import math
 
 import torch
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 
 def accuracy(logits, labels):
@@ -15,6 +19,27 @@ def macro_f1(logits, labels):
     """F1 in percent, averaged over the classes that occur in labels or predictions."""
     predicted = logits.argmax(dim=1).cpu()
     return 100 * float(f1_score(labels.cpu(), predicted, average="macro", zero_division=0))
+
+
+def linear_probe(features, labels, num_classes):
+    """A linear classifier trained anew on frozen features: scikit-learn's logistic regression.
+
+    features: (N, D), labels: (N,), of the training split. Every feature is brought to mean 0 and
+    variance 1 first. Returns a function (N, D) -> log-probabilities (N, C), of 1e-12 at least: what
+    classes without a training sample have.
+    """
+    several = len(labels.unique()) > 1
+    classifier = LogisticRegression(max_iter=1000) if several else DummyClassifier()
+    classifier = make_pipeline(StandardScaler(), classifier)
+    classifier.fit(features.cpu().numpy(), labels.cpu().numpy())
+
+    def predict(z):
+        found = torch.from_numpy(classifier.predict_proba(z.cpu().numpy()))
+        p = z.new_zeros(len(z), num_classes)
+        p[:, classifier.classes_] = found.to(z)
+        return p.clamp_min(1e-12).log()
+
+    return predict
 
 
 def pairwise_divergence(log_p):
@@ -69,3 +94,22 @@ def collect(forward, split, batch_size=256):
             whole[name][done : done + len(labels)] = tensor
         done += len(labels)
     return whole
+
+
+def probe_encoders(encode, train, test):
+    """How much an encoder knows: test accuracy of a `linear_probe`, modality -> percent.
+
+    encode: inputs -> modality -> features (B, D) of a frozen network in evaluation mode.
+    """
+    seen, unseen = collect(encode, train), collect(encode, test)
+    labels, true = seen.pop("labels"), unseen["labels"]
+    del seen["index"]
+    num_classes = 1 + int(max(labels.max(), true.max()))
+    return {
+        m: accuracy(linear_probe(z, labels, num_classes)(unseen[m]), true) for m, z in seen.items()
+    }
+
+
+def count_parameters(*modules):
+    """Learnable numbers in all of the modules; shared ones count once."""
+    return sum(p.numel() for p in {p for module in modules for p in module.parameters()})

@@ -44,6 +44,13 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def forward(network, inputs, config):
+    """Logits (B, C) and features, modality -> (B, D), of a batch, in float32."""
+    with autocast(config.device, config.precision):
+        logits, features = network(inputs)
+    return logits.float(), {m: z.float() for m, z in features.items()}
+
+
 def build_optimizer(name, parameters, lr, weight_decay, momentum=0.9):
     """SGD with `momentum`, Adam or AdaGrad with torch's other defaults."""
     if name == "sgd":
@@ -189,6 +196,7 @@ class Run:
         self.arguments, self.device = arguments, device
         self.history, self.best, self.summary = [], None, None
         self.seconds_before, self.sitting_start = 0.0, time.perf_counter()
+        self.cpu_before, self.cpu_start = 0.0, time.process_time()
         if args.overwrite:
             self.clear()
         if (self.folder / "config.json").exists():
@@ -256,6 +264,7 @@ class Run:
                 holder.load_state_dict(checkpoint["state"][key])
             self.history, self.best = checkpoint["history"], checkpoint["best"]
             self.seconds_before, self.sitting_start = checkpoint["seconds"], time.perf_counter()
+            self.cpu_before, self.cpu_start = checkpoint["cpu_seconds"], time.process_time()
             return checkpoint["epoch"]
         except Exception as error:  # a truncated file has many ways to fail
             raise UserError(
@@ -291,6 +300,7 @@ class Run:
             "history": self.history,
             "best": self.best,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_before + time.process_time() - self.cpu_start,
             "state": {key: holder.state_dict() for key, holder in state.items()},
         }
         for name in ("best.pt", "last.pt") if improved else ("last.pt",):
@@ -346,6 +356,7 @@ class Run:
         return {
             **{key: self.arguments[key] for key in named},
             "seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu_before, 2),  # of training alone, other programs apart
             "val": self.history[-1]["val"],
             "test": last,
             "best": {"epoch": best_epoch, "val": self.history[best_epoch]["val"], "test": best},

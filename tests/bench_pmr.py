@@ -48,6 +48,7 @@ import torch
 import torch.nn.functional as F
 
 import pmr
+from common.rebalance import build_rival
 from common.seeding import make_generator
 from common.training import autocast, build_optimizer
 from tests import plain_cg_mnist as plain
@@ -113,6 +114,7 @@ class Ours:
         )
         self.subset = pmr.draw_subset(self.splits, config)
         self.prototypes = pmr.build_prototypes(self.model, config)
+        self.rival = build_rival(self.model, self.splits.train, 10, config)
         for m, means in self.subset_means().items():
             self.prototypes[m].update(*means, config.momentum_epsilon)
         self.model.train()
@@ -127,8 +129,8 @@ class Ours:
 
     def train(self, batches):
         """A chunk of `batches` through pmr.py's own loop."""
-        rest = (self.config, self.config.mu)
-        pmr.train_epoch(self.model, self.prototypes, self.optimizer, islice(batches, CHUNK), *rest)
+        state = (self.model, self.prototypes, self.rival, self.optimizer)
+        pmr.train_epoch(*state, islice(batches, CHUNK), self.config, self.config.mu)
 
     def step(self, batch, joint=False):
         """One step as in `train_epoch`: loss and rho. joint: the cross-entropy and nothing else."""
@@ -138,7 +140,7 @@ class Ours:
         if joint:
             loss, rho = F.cross_entropy(logits.float(), labels), None
         else:
-            rest = (self.prototypes, self.config, self.config.mu)
+            rest = (self.prototypes, self.rival, self.config, self.config.mu)
             loss, rho = pmr.training_loss(logits.float(), features, labels, *rest)
         self.optimizer.zero_grad()
         loss.backward()
@@ -244,8 +246,8 @@ import resource, sys
 from itertools import islice
 import pmr
 train_epoch = pmr.train_epoch
-pmr.train_epoch = lambda model, prototypes, optimizer, batches, *rest: train_epoch(
-    model, prototypes, optimizer, islice(batches, 50), *rest)
+pmr.train_epoch = lambda model, prototypes, rival, optimizer, batches, *rest: train_epoch(
+    model, prototypes, rival, optimizer, islice(batches, 50), *rest)
 pmr.main(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -4,14 +4,19 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 torch.set_num_threads(1)
 
 DATA_ROOT = Path(os.environ.get("DATA_ROOT", ROOT / "data"))
+EVERY_DATASET = [  # every dataset, to parametrize end-to-end tests by
+    *("digits", "synthetic", "features"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("cg-mnist", "av-digits")),
+]
 NEEDS = {
     "cg-mnist": DATA_ROOT / "MNIST" / "raw" / "train-images-idx3-ubyte",
     "av-digits": DATA_ROOT / "fsdd" / "recordings",
@@ -33,3 +38,25 @@ def require():
             pytest.skip(f"{dataset} needs {', '.join(missing)}; set DATA_ROOT")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def features_file(tmp_path_factory):
+    """A .npz for the dataset `features`: two modalities, ten classes."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, size in {"train": 600, "test": 120}.items():
+        labels = rng.integers(10, size=size)
+        codes = {"left": np.eye(6)[labels % 5], "right": np.eye(9)[labels % 9]}
+        for m, code in codes.items():
+            arrays[f"{split}_{m}"] = code + 0.3 * rng.standard_normal(code.shape)
+        arrays[f"{split}_labels"] = labels
+    path = tmp_path_factory.mktemp("features") / "small.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def root_of(data_root, features_file):
+    """dataset -> its `--data-root`."""
+    return lambda dataset: str(features_file if dataset == "features" else data_root)

@@ -9,18 +9,23 @@ import torch
 import torchvision
 from sklearn.datasets import load_digits as load_scikit_digits
 
-from common.datasets import DATASETS, TensorSplit, av_digits, colored_digits, load_dataset
+from common.datasets import TensorSplit, av_digits, colored_digits, load_dataset
+from common.datasets.files import read_wav
 from common.errors import UserError
 
 SIZES = {
     "digits": (1257, 180, 180, 360),
     "cg-mnist": (50_000, 10_000, 10_000, 10_000),
     "av-digits": (2400, 300, 300, 300),
+    "synthetic": (2000, 1000, 1000, 4000),
+    "features": (540, 60, 60, 120),
 }
 SHAPES = {
     "digits": {"gray": (1, 8, 8), "color": (3, 8, 8)},
     "cg-mnist": {"gray": (1, 28, 28), "color": (3, 28, 28)},
     "av-digits": {"audio": (1, 32, 32), "visual": (1, 28, 28)},
+    "synthetic": {"first": (120,), "second": (120,)},
+    "features": {"left": (6,), "right": (9,)},
 }
 
 
@@ -32,14 +37,14 @@ def digits():
 # ---- What all datasets promise ----
 
 
-@pytest.mark.parametrize("name", list(DATASETS))
-def test_sizes_shapes_and_determinism(name, require, data_root):
+@pytest.mark.parametrize("name", list(SIZES))
+def test_sizes_shapes_and_determinism(name, require, root_of):
     require(name)
-    splits = load_dataset(name, data_root)
+    splits = load_dataset(name, root_of(name))
     assert tuple(splits.sizes.values()) == SIZES[name]
     assert splits.shapes == SHAPES[name]
     assert splits.modalities == tuple(SHAPES[name])
-    again, other = (load_dataset(name, data_root, data_seed=seed) for seed in (0, 1))
+    again, other = (load_dataset(name, root_of(name), data_seed=seed) for seed in (0, 1))
     for split in ("train", "val", "val_iid", "test"):
         batches = [next(iter(getattr(s, split).batches(50))) for s in (splits, again, other)]
         (first, labels, index), (second, *_), (third, *_) = batches
@@ -52,11 +57,11 @@ def test_sizes_shapes_and_determinism(name, require, data_root):
         assert not all(torch.equal(first[m], third[m]) for m in splits.modalities)
 
 
-@pytest.mark.parametrize("name", list(DATASETS))
-def test_train_samples_caps_every_split_in_proportion(name, require, data_root):
+@pytest.mark.parametrize("name", list(SIZES))
+def test_train_samples_caps_every_split_in_proportion(name, require, root_of):
     require(name)
-    whole = load_dataset(name, data_root)
-    capped = load_dataset(name, data_root, train_samples=60)
+    whole = load_dataset(name, root_of(name))
+    capped = load_dataset(name, root_of(name), train_samples=60)
     assert len(capped.train) == 60
     for split in ("val", "val_iid", "test"):
         size = SIZES[name][("train", "val", "val_iid", "test").index(split)]
@@ -330,16 +335,16 @@ def write_wav(path, rate=8000, channels=1, frames=b"\x01\x00" * 100):
 def test_bad_recordings_are_named(tmp_path):
     path = tmp_path / "3_a_7.wav"
     write_wav(path)
-    assert av_digits.read_wav(path)[0].item() == pytest.approx(1 / 32768)
+    assert read_wav(path, 8000)[0].item() == pytest.approx(1 / 32768)
     for arguments in ({"rate": 16000}, {"channels": 2}, {"frames": b""}):
         write_wav(path, **arguments)
         with pytest.raises(UserError, match=r"3_a_7.wav should be 16-bit mono at 8000 Hz"):
-            av_digits.read_wav(path)
+            read_wav(path, 8000)
     write_wav(path)
     for content in (b"version https://git-lfs.github.com/spec/v1", path.read_bytes()[:-101]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"3_a_7.wav is no readable WAV"):
-            av_digits.read_wav(path)
+            read_wav(path, 8000)
 
 
 def test_a_missing_recording_is_named(tmp_path):

@@ -3,13 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_datasets import SHAPES, tiny_split
 
 from common.encoders import CNN, ENCODERS, build_encoder
 from common.errors import UserError
-from common.fusion import FUSIONS
+from common.fusion import FUSIONS, LATE_FUSIONS
 from common.metrics import accuracy, collect, macro_f1
 
 DIMS = {"a": 6, "b": 6}
+WIDE = {"a": 2, "b": 5, "c": 3}
 
 
 def features(dims=DIMS, batch=3):
@@ -61,10 +63,49 @@ def test_unimodal_logits_sum_to_the_fused_ones(name, dims):
     assert [m for m in dims if not torch.equal(parts[m], changed[m])] == [next(iter(dims))]
 
 
-@pytest.mark.parametrize("name", ["film", "gated"])
+def test_mlp_is_two_layers_on_the_concatenated_features():
+    head, z = LATE_FUSIONS["mlp"](WIDE, 4, hidden=7), features(WIDE)
+    first, _, last = head.layers
+    hidden = (torch.cat([z["a"], z["b"], z["c"]], 1) @ first.weight.T + first.bias).clamp_min(0)
+    torch.testing.assert_close(head(z), hidden @ last.weight.T + last.bias)
+    assert first.out_features == 7
+
+
+def slow_attention(head, z):
+    """One token a modality, four heads, residuals with a LayerNorm after each; for one sample."""
+    layer, width = head.layer, head.linear.in_features
+    x = torch.stack([head.tokens[m].weight @ z[m] + head.tokens[m].bias for m in z])
+    qkv = x @ layer.self_attn.in_proj_weight.T + layer.self_attn.in_proj_bias
+    heads = []
+    for q, k, v in zip(*(part.split(width // 4, 1) for part in qkv.split(width, 1)), strict=True):
+        heads.append((q @ k.T / (width // 4) ** 0.5).softmax(1) @ v)
+    attended = torch.cat(heads, 1) @ layer.self_attn.out_proj.weight.T
+    x = layer.norm1(x + attended + layer.self_attn.out_proj.bias)
+    x = layer.norm2(x + layer.linear2(layer.linear1(x).clamp_min(0)))
+    return head.linear.weight @ x.mean(0) + head.linear.bias
+
+
+def test_attention_is_a_transformer_layer_over_the_modalities():
+    torch.manual_seed(0)
+    head, z = LATE_FUSIONS["attention"](WIDE, 4, width=8), features(WIDE)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    slow = [slow_attention(head, {m: x[i] for m, x in z.items()}) for i in range(3)]
+    for training in (True, False):  # it has no dropout
+        torch.testing.assert_close(head.train(training)(z), torch.stack(slow))
+    turned = LATE_FUSIONS["attention"](dict(reversed(WIDE.items())), 4, width=8)
+    turned.load_state_dict(head.state_dict())
+    torch.testing.assert_close(turned(z), head(z))  # no modality is first
+
+
+@pytest.mark.parametrize("name", ["film", "gated", "mlp", "attention"])
 def test_inseparable_heads_say_so(name):
     with pytest.raises(NotImplementedError, match="mixes the modalities"):
-        FUSIONS[name](DIMS, 4).unimodal_logits(features())
+        {**FUSIONS, **LATE_FUSIONS}[name](DIMS, 4).unimodal_logits(features())
+
+
+@pytest.mark.parametrize("name", ["film", "gated"])
+def test_some_heads_need_two_modalities_of_equal_width(name):
     for dims in ({"a": 2}, {"a": 2, "b": 2, "c": 2}, {"a": 2, "b": 3}):
         with pytest.raises(UserError, match="two modalities of equal width"):
             FUSIONS[name](dims, 4)
@@ -120,8 +161,11 @@ def test_pooling_before_the_relu_is_the_same_with_less_work():
 
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_every_dataset_has_its_encoder(name):
-    size = 8 if name == "digits" else 28
-    assert build_encoder(name, (3, size, size))(torch.rand(2, 3, size, size)).shape == (2, 512)
+    views = {"audio": (1, 64, 64), "visual": (3, 2, 64, 64)}
+    for shape in SHAPES.get(name, views).values():
+        encoder = build_encoder(name, shape)
+        assert encoder.dim == (64 if len(shape) == 1 else 512)
+        assert encoder(torch.rand(2, *shape)).shape == (2, encoder.dim)
 
 
 # ---- Metrics ----
@@ -136,8 +180,6 @@ def test_accuracy_and_macro_f1_by_hand():
 
 
 def test_collect_keeps_order_and_puts_batches_together():
-    from test_datasets import tiny_split
-
     outputs = collect(lambda inputs: {"double": 2 * inputs["m"]}, tiny_split(), batch_size=4)
     assert outputs["double"].flatten().tolist() == [2 * i for i in range(10)]
     assert outputs["index"].tolist() == list(range(10))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import EVERY_DATASET, ROOT
+from fake_clips import FROM_FILES
 from test_pmr import MODALITIES, tensors
 from test_training import QuickFigure, damage, snapshot, without_seconds
 
@@ -114,16 +115,14 @@ def slow_divergence(logits, kind):
 # ---- Every method, fusion, dataset, optimizer, and every other choice ----
 
 
-@pytest.mark.parametrize(
-    "dataset",
-    ["digits", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cg-mnist", "av-digits"))],
-)
+@pytest.mark.parametrize("dataset", EVERY_DATASET)
 @pytest.mark.parametrize("fusion", list(FUSIONS))
-def test_every_method_fusion_and_dataset(run, require, tmp_path, fusion, dataset):
+def test_every_method_fusion_and_dataset(run, require, root_of, tmp_path, fusion, dataset):
     require(dataset)
     unimodal = [f"unimodal-{m}" for m in MODALITIES[dataset]] if fusion == "concat" else []
     methods = [*mhm.METHODS, *unimodal]
-    result = run("--dataset", dataset, "--fusion", fusion, "--method", *methods)
+    arguments = ["--dataset", dataset, "--data-root", root_of(dataset), "--fusion", fusion]
+    result = run(*arguments, "--method", *methods)
     assert [row["method"] for row in result["table"]] == methods
     for summary in result["runs"]:
         method = summary["method"]
@@ -143,8 +142,8 @@ def network_of(folder):
     return {key: x for key, x in tensors(folder).items() if key.startswith(".network.")}
 
 
-def test_every_dataset_is_tested_here():
-    assert set(MODALITIES) == set(DATASETS) == set(mhm.RECIPES)
+def test_every_dataset_is_tested_here_or_in_test_clips():
+    assert {*MODALITIES, *FROM_FILES} == set(DATASETS) == set(mhm.RECIPES)
 
 
 SOME = ["--train-samples", "60", "--epochs", "4", "--method", "mhm"]
@@ -336,7 +335,7 @@ def test_measuring_leaves_the_network_as_it_is():
 
 
 def test_training_never_reads_the_test_split(run, monkeypatch):
-    """It is read after the last epoch only: by the best network, then by the last."""
+    """It is read after the last epoch only: by the best network, by the last, by the probes."""
     _, splits, _ = prepare("mhm")
     reads, epochs, original, original_end = [], [], TensorSplit.batches, mhm.Run.end_epoch
 
@@ -348,7 +347,7 @@ def test_training_never_reads_the_test_split(run, monkeypatch):
     monkeypatch.setattr(TensorSplit, "batches", spy)
     monkeypatch.setattr(mhm.Run, "end_epoch", lambda *a: (epochs.append(1), original_end(*a)))
     run("--method", "mhm", "--epochs", "3", "--data-root", "data")
-    assert reads == [3, 3]
+    assert reads == [3, 3, 3]
 
 
 # ---- What a run reports and leaves behind ----

@@ -2,19 +2,25 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
+from fake_clips import FROM_FILES, write_prepared
 
+import compare
 import greedy_balance
 import mhm
 import pmr
 import toy_projection
+import umt_ume
 
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 TEXTS |= {
-    f"{script.__name__}.py": script.__doc__ for script in (pmr, mhm, greedy_balance, toy_projection)
+    f"{script.__name__}.py": script.__doc__
+    for script in (pmr, mhm, greedy_balance, umt_ume, toy_projection, compare)
 }
 
 
@@ -40,7 +46,12 @@ def test_the_two_commands_of_the_readme():
     assert "pip install --quiet -r requirements.txt && pytest" in (ROOT / ".ci/run").read_text()
 
 
-SCRIPTS = {"pmr.py": pmr, "mhm.py": mhm, "greedy_balance.py": greedy_balance}
+SCRIPTS = {
+    "pmr.py": pmr,
+    "mhm.py": mhm,
+    "greedy_balance.py": greedy_balance,
+    "umt_ume.py": umt_ume,
+}
 
 
 @pytest.mark.slow
@@ -52,7 +63,7 @@ SCRIPTS = {"pmr.py": pmr, "mhm.py": mhm, "greedy_balance.py": greedy_balance}
         for case in commands(name)
     ],
 )
-def test_commands_run(name, words, tmp_path, require, data_root):
+def test_commands_run(name, words, tmp_path, require, data_root, features_file):
     """On a tiny part of the data, on the CPU; --help and --eval-only need no more than parsing."""
     script = SCRIPTS[name]
     if "--help" in words:
@@ -60,10 +71,18 @@ def test_commands_run(name, words, tmp_path, require, data_root):
             script.main(words)
         assert exit_info.value.code == 0
         return
-    args, _ = script.parse_args(list(words))
+    words = [str(features_file) if word.endswith(".npz") else word for word in words]
+    args, _ = script.parse_args(words)
     require(args.dataset)
     tiny = ["--train-samples", "40", "--epochs", "1", "--device", "cpu"]
+    if args.dataset in FROM_FILES:
+        data_root = tmp_path / "data"
+        write_prepared(data_root, args.dataset, counts=(12,), shape=(32, 32))
+        tiny += ["--image-size", "32", "--num-workers", "0"]
+    if args.dataset == "features":
+        data_root = features_file
     tiny += ["--out", str(tmp_path), "--data-root", str(data_root)]
+    tiny += ["--method", "ume", "joint", "umt", "auto"] if "methods" in words else []
     tiny += ["--seeds", *map(str, args.seeds[:2])]
     tiny += ["--rates", "2"] if script is greedy_balance else []
     if args.eval_only:
@@ -78,10 +97,37 @@ def test_toy_projection_commands_run(words, tmp_path):
     assert toy_projection.main([*words, *tiny])["runs"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands("compare.py"))
+def test_compare_commands_run(words, tmp_path, require, data_root):
+    require(compare.parse_args(words)[0].dataset)
+    tiny = ["--train-samples", "40", "--epochs", "1", "--device", "cpu", "--seeds", "0"]
+    tiny += ["--out", str(tmp_path), "--data-root", str(data_root)]
+    assert compare.main([*words, *tiny])["rows"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param(path.name, *case.values, id=f"{path.name}:{case.id}")
+        for path in sorted((ROOT / "examples").glob("*.py"))
+        for case in commands(f"examples/{path.name}")
+    ],
+)
+def test_examples_run_as_they_stand(name, words, tmp_path):
+    tiny = ["--train-samples", "40", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "examples" / name), *words, *tiny]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "test" in done.stdout, done.stderr
+
+
 def test_commands_were_found():
     assert len(commands("pmr.py")) >= 8
     assert len(commands("mhm.py")) >= 8
     assert len(commands("greedy_balance.py")) >= 10
+    assert len(commands("umt_ume.py")) >= 8
+    assert len(commands("compare.py")) >= 3
     assert len(commands("toy_projection.py")) >= 5
     assert len(commands("data/prepare.py")) >= 1
 
@@ -96,7 +142,7 @@ def test_links_and_files_exist(page):
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("script", ["pmr", "mhm", "greedy_balance", "toy_projection"])
+@pytest.mark.parametrize("script", ["pmr", "mhm", "greedy_balance", "umt_ume", "toy_projection"])
 def test_every_function_that_the_docs_name_exists(script):
     page = TEXTS[f"docs/{script}.md"]
     table = page.split(f"| paper | function in `{script}.py` |")[1].split("\n\n")[0]
@@ -114,6 +160,7 @@ def test_every_function_that_the_docs_name_exists(script):
     {
         "pmr": "alpha mu momentum-epsilon per-epochs subset-fraction coefficients fusion",
         "mhm": "heads branches gs fusion",
+        "umt_ume": "distill-weight fusion ogm-alpha drop-probability blend super-epoch",
         "greedy_balance": "tolerance window gate-mean gate-factor biased duplicate l1 until-fitted",
     }.items(),
 )

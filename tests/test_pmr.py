@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import EVERY_DATASET, ROOT
+from fake_clips import FROM_FILES
 
 import pmr
 from common import command_line
@@ -19,12 +20,15 @@ from common.datasets.base import Splits
 from common.errors import UserError
 from common.fusion import FUSIONS
 from common.metrics import accuracy
+from common.rebalance import RIVALS
 from common.seeding import make_generator, seed_phase
 
 MODALITIES = {
     "digits": ("gray", "color"),
     "cg-mnist": ("gray", "color"),
     "av-digits": ("audio", "visual"),
+    "synthetic": ("first", "second"),
+    "features": ("left", "right"),
 }
 TINY = ["--train-samples", "40", "--epochs", "1", "--device", "cpu"]
 
@@ -59,31 +63,45 @@ def folder_of(tmp_path, summary):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad"])
-@pytest.mark.parametrize(
-    "dataset",
-    ["digits", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cg-mnist", "av-digits"))],
-)
+@pytest.mark.parametrize("dataset", EVERY_DATASET)
 @pytest.mark.parametrize("fusion", list(FUSIONS))
-def test_every_method_fusion_dataset_and_optimizer(run, require, fusion, dataset, optimizer):
+def test_every_method_fusion_dataset_and_optimizer(
+    run, require, root_of, fusion, dataset, optimizer
+):
     require(dataset)
     methods = list(pmr.METHODS)
     if fusion == "concat":
         methods += [f"unimodal-{m}" for m in MODALITIES[dataset]]
-    arguments = ["--dataset", dataset, "--fusion", fusion, "--optimizer", optimizer]
+    arguments = ["--dataset", dataset, "--data-root", root_of(dataset)]
+    arguments += ["--fusion", fusion, "--optimizer", optimizer]
     result = run(*arguments, "--method", *methods)
     assert [summary["method"] for summary in result["runs"]] == methods
     for summary in result["runs"]:
         test = summary["test"]
         if summary["method"].startswith("unimodal-"):
-            assert test[summary["method"].removeprefix("unimodal-")] == {"alone": test["accuracy"]}
+            alone = test[summary["method"].removeprefix("unimodal-")]
+            assert alone.keys() == {"alone", "probe"} and alone["alone"] == test["accuracy"]
             continue
         assert summary["rho"] > 0
-        reads = {"prototype", "head"} if fusion in ("sum", "concat") else {"prototype"}
+        reads = {"prototype", "probe"} | ({"head"} if fusion in ("sum", "concat") else set())
         assert all(test[m].keys() == reads for m in MODALITIES[dataset])
 
 
-def test_every_dataset_is_tested_here():
-    assert set(MODALITIES) == set(DATASETS) == set(pmr.RECIPES)
+@pytest.mark.parametrize("fusion", list(FUSIONS))
+@pytest.mark.parametrize("rival", list(RIVALS))
+def test_every_rival_and_fusion(run, tmp_path, fusion, rival):
+    if rival == "ogm-ge" and fusion in ("film", "gated"):
+        with pytest.raises(UserError, match=r"share of the logits.* use --fusion concat\.$"):
+            run("--method", rival, "--fusion", fusion)
+        return
+    rival_run, joint = run("--method", rival, "joint", "--fusion", fusion)["runs"]
+    assert rival_run["rho"] > 0 and rival_run["test"]["gray"]["prototype"] >= 0
+    mine, plain = (tensors(folder_of(tmp_path, summary)) for summary in (rival_run, joint))
+    assert not all(torch.equal(mine[name], plain[name]) for name in plain)
+
+
+def test_every_dataset_is_tested_here_or_in_test_clips():
+    assert {*MODALITIES, *FROM_FILES} == set(DATASETS) == set(pmr.RECIPES)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +279,7 @@ def test_training_never_reads_the_test_split(run, monkeypatch):
     )
     run("--method", "pmr", "--epochs", "3", "--device", "cpu", "--data-root", "data")
     assert len(epochs) == 3
-    assert reads == [3, 3]  # once for the last network, once for the best
+    assert reads == [3, 3, 3]  # by the last network, by the best, and by the probes
 
 
 def slow_algorithm_1(model, splits, config):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import pmr
+from common.rebalance import Rival
 
 
 @pytest.fixture
@@ -266,6 +267,7 @@ def small_network(fusion="concat"):
         num_classes=10,
         alpha=1.0,
         coefficients="clip",
+        pretrained=False,
     )
     shapes = {"gray": (1, 8, 8), "color": (3, 8, 8)}
     splits = SimpleNamespace(modalities=("gray", "color"), shapes=shapes)
@@ -285,11 +287,12 @@ def small_network(fusion="concat"):
 def test_pce_pulls_the_slow_encoder_alone(slow, fusion):
     model, prototypes, inputs, labels, config = small_network(fusion)
     prototypes[slow].centers.copy_(prototypes[slow].centers.roll(1, dims=0))  # wrong classes
+    rival = Rival(model, None, 10, config)  # none: plain cross-entropy
     logits, features = model(inputs)
     gradients = []
     for alpha in (0.0, 1.0):
         config.alpha = alpha
-        loss, _ = pmr.training_loss(logits, features, labels, prototypes, config, mu=0.0)
+        loss, _ = pmr.training_loss(logits, features, labels, prototypes, rival, config, mu=0.0)
         grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         gradients.append(dict(zip(dict(model.named_parameters()), grads, strict=True)))
     plain, pulled = gradients

@@ -32,7 +32,7 @@ from common import training
 from common.errors import UserError
 
 SCRIPTS = {
-    **dict.fromkeys(["pmr", "pmr-no-per", "joint", "unimodal-gray"], pmr),
+    **dict.fromkeys(["pmr", "pmr-no-per", "joint", "unimodal-gray", "g-blending"], pmr),
     **dict.fromkeys(["mhm", "head-ensemble", "ensemble"], mhm),
 }
 METHODS = list(SCRIPTS)
@@ -40,6 +40,7 @@ KNOBS = {  # four steps in an H-phase and two in an E-phase; the ensemble: two f
     "mhm": ["--heads=3", "--batch-size=10"],
     "head-ensemble": ["--heads=3", "--batch-size=10"],
     "ensemble": ["--heads=3"],
+    "g-blending": ["--blend=online", "--super-epoch=2"],
 }
 EPOCHS, STEPS = 3, {pmr: 3, mhm: 6}  # steps an epoch
 TINY = ["--train-samples=60", "--batch-size=20", f"--epochs={EPOCHS}", "--lr=0.1", "--device=cpu"]
@@ -279,6 +280,7 @@ FLAGS = {
     "pmr-no-per": ["--schedule=cosine"],
     "joint": ["--optimizer=adam"],
     "unimodal-gray": [],
+    "g-blending": ["--epochs=15"],
     "mhm": ["--epochs=15", "--optimizer=adam"],
     "head-ensemble": ["--epochs=15", "--schedule=cosine"],
     "ensemble": ["--epochs=15"],

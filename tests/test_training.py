@@ -44,7 +44,7 @@ def folder_of(out):
 def load(path):
     """A checkpoint without its time, the one thing that no two runs share."""
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["seconds"]
+    del checkpoint["seconds"], checkpoint["cpu_seconds"]
     return checkpoint
 
 
@@ -53,7 +53,7 @@ def read(path):
 
 
 def without_seconds(summary):
-    return {key: value for key, value in summary.items() if key != "seconds"}
+    return {key: value for key, value in summary.items() if "seconds" not in key}
 
 
 def assert_same(a, b, where=""):
@@ -298,7 +298,7 @@ def test_damaged_checkpoint_ends_resume_with_a_sentence(unfinished, name, kind):
     assert not (folder_of(unfinished) / "summary.json").exists()
 
 
-@pytest.mark.parametrize("key", ["epoch", "history", "best", "seconds", "state"])
+@pytest.mark.parametrize("key", ["epoch", "history", "best", "seconds", "cpu_seconds", "state"])
 def test_checkpoint_of_another_version_ends_resume_with_a_sentence(unfinished, key):
     path = folder_of(unfinished) / "last.pt"
     checkpoint = torch.load(path, weights_only=True)
@@ -361,8 +361,9 @@ def test_config_records_arguments_versions_device_sizes_and_commit(trained):
 def test_checkpoints_hold_all_that_resuming_needs(trained):
     for name in CHECKPOINTS:
         checkpoint = torch.load(folder_of(trained) / name, weights_only=True)
-        assert {"epoch", "history", "best", "seconds", "state"} == checkpoint.keys()
-        assert {"model", "prototypes", "optimizer"} == checkpoint["state"].keys()
+        clocks = {"seconds", "cpu_seconds"}
+        assert checkpoint.keys() == {"epoch", "history", "best", "state"} | clocks
+        assert {"model", "prototypes", "rival", "optimizer"} == checkpoint["state"].keys()
         assert len(checkpoint["history"]) == checkpoint["epoch"] + 1
 
 
@@ -384,13 +385,14 @@ def test_best_checkpoint_is_of_the_first_best_validation_epoch(trained):
 
 def test_summary_has_what_the_design_demands(trained):
     summary = read(folder_of(trained) / "summary.json")
-    keys = {"script", "dataset", "method", "fusion", "seed", "epochs", "seconds"}
+    keys = {"script", "dataset", "method", "fusion", "seed", "epochs", "seconds", "cpu_seconds"}
     assert keys | {"val", "test", "best"} <= summary.keys()
     assert summary["epochs"] == 3 and summary["seconds"] >= 0
     assert {"epoch", "val", "test"} == summary["best"].keys()
     for measured in (summary["test"], summary["best"]["test"]):
         assert {"accuracy", "macro_f1", "gray", "color"} <= measured.keys()
-        assert {"head", "prototype"} == measured["gray"].keys() == measured["color"].keys()
+        reads = {"head", "prototype"} | ({"probe"} if measured is summary["test"] else set())
+        assert reads == measured["gray"].keys() == measured["color"].keys()
         assert 0 <= measured["accuracy"] <= 100
 
 
@@ -420,7 +422,8 @@ def falling(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pmr, "evaluate", ever_worse)
         patch.setattr(training, "draw_curves", QuickFigure)
-        clock = SimpleNamespace(perf_counter=itertools.count(step=10.0).__next__)
+        tick = itertools.count(step=10.0).__next__
+        clock = SimpleNamespace(perf_counter=tick, process_time=tick)
         patch.setattr(training, "time", clock)
         train(out, "--method", "pmr")
     return folder_of(out)
@@ -484,7 +487,7 @@ def test_start_is_zero_on_a_fresh_folder_and_after_the_last_epoch_on_resume(tmp_
 
 
 def test_seconds_add_up_over_sittings(tmp_path, monkeypatch):
-    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now, process_time=lambda: 0.0)
     monkeypatch.setattr(training, "time", clock)
     run = make_run(tmp_path)
     clock.now = 7.0
@@ -734,7 +737,7 @@ def test_phase_sets_the_global_generator_whatever_was_drawn_before():
 
 def run_progress(monkeypatch, seconds_per_step, steps, first_epoch=0, epochs=10):
     """A run of `epochs` by a clock that each step moves on."""
-    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now, process_time=lambda: 0.0)
     monkeypatch.setattr(progress, "time", clock)
 
     def batches():

@@ -1,37 +1,66 @@
 """Datasets by name. `load_dataset` gives train, val, val_iid and test splits of aligned modalities.
 
-A new dataset is a function `load(root, data_seed, **dials) -> Splits` and a line in `DATASETS`.
+A new dataset is a function `load(root, data_seed, **dials) -> Splits` and a line in `DATASETS`, and
+one in `ENCODERS` of encoders.py; docs/own_data.md shows it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from ..errors import UserError
-from . import av_digits, colored_digits
+from . import av_digits, clips, colored_digits, features, files, synthetic, views
 from .base import Splits, TensorSplit
 
 __all__ = ["DATASETS", "Dataset", "Splits", "TensorSplit", "load_dataset"]
 
 
 class Dataset(NamedTuple):
-    """A loader and its dials: the keyword arguments a user may turn, with their defaults."""
+    """A loader and what the command line must know of it.
+
+    dials:    the keyword arguments a user may turn, with their defaults.
+    small:    whether a script compares its methods here when none is named.
+    identify: for data that a user brings, root -> a name by which runs on them are told apart.
+    """
 
     load: Callable
     dials: dict
+    small: bool = True
+    identify: Callable | None = None
+
+
+def from_files(name, load, **dials):
+    """A dataset whose files data/prepare.py has put under `root`/`name`."""
+    dials |= {"frame_cache": 0, "image_size": 224}
+    return Dataset(load, dials, small=False, identify=partial(files.identify, name))
+
+
+def from_clips(name, num_frames, spectrogram):
+    load = partial(clips.load, name)
+    return from_files(name, load, num_frames=num_frames, spectrogram=spectrogram)
 
 
 DATASETS = {
     "digits": Dataset(colored_digits.load_digits, {"color_variance": 0.03}),
-    "cg-mnist": Dataset(colored_digits.load_cg_mnist, {"color_variance": 0.03}),
+    "cg-mnist": Dataset(colored_digits.load_cg_mnist, {"color_variance": 0.03}, small=False),
     "av-digits": Dataset(av_digits.load, {"visual_energy": 0.25, "audio_snr": -9.0}),
+    "synthetic": Dataset(synthetic.load, synthetic.DIALS),
+    "features": Dataset(features.load, {}, identify=features.identify),
+    "crema-d": from_clips("crema-d", num_frames=3, spectrogram="pmr-3s"),
+    "ave": from_clips("ave", num_frames=4, spectrogram="pmr-10s"),
+    "vggsound": from_clips("vggsound", num_frames=3, spectrogram="pmr-10s"),
+    "modelnet40": from_files("modelnet40", views.load, views="0,6"),
 }
 
 
-def load_dataset(name, root="data", data_seed=0, train_samples=None, device="cpu", **dials):
+def load_dataset(
+    name, root="data", data_seed=0, train_samples=None, device="cpu", num_workers=0, **dials
+):
     """Load dataset `name` and put its splits on `device`.
 
     data_seed:     governs split, colors, pairing and noise; not the seed of a training run.
     train_samples: caps the training split, and the others in proportion.
+    num_workers:   processes that read a dataset which stays in files; changes no result.
     dials:         see `DATASETS`; an unknown one raises UserError, as does an unknown name or data
                    that are not under `root`.
     """
@@ -42,6 +71,8 @@ def load_dataset(name, root="data", data_seed=0, train_samples=None, device="cpu
         flags = ", ".join("--" + dial.replace("_", "-") for dial in sorted(unknown))
         raise UserError(f"The dataset {name} has no dial {flags}; leave it out.")
     splits = DATASETS[name].load(root, data_seed, **{**DATASETS[name].dials, **dials})
+    if splits.loader is not None:
+        splits.loader.num_workers = num_workers
     if train_samples is not None:
         splits = splits.capped(train_samples)
     return splits.map(lambda split: split.to(device))

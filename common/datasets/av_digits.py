@@ -5,12 +5,10 @@ Recordings are the Free Spoken Digit Dataset, images MNIST. The AV-MNIST of the 
 sound, because clean digits are nearly solved by either modality alone; both dials are here.
 """
 
-import wave
 from collections import Counter
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchaudio
 
@@ -18,6 +16,7 @@ from ..errors import UserError
 from ..seeding import make_generator
 from .base import Splits, TensorSplit
 from .colored_digits import load_mnist
+from .files import read_wav
 
 MODALITIES = ("audio", "visual")
 SAMPLE_RATE = 8000  # Hz
@@ -33,22 +32,6 @@ def render(rows):
 def split_of_take(take):
     """FSDD's own rule: takes 0 to 4 of a speaker's digit are test. Here 5 to 9 are validation."""
     return "test" if take < 5 else "val" if take < 10 else "train"
-
-
-def read_wav(path):
-    """16-bit mono WAV -> float32 samples in [-1, 1]."""
-    try:
-        with wave.open(str(path)) as file:
-            layout = file.getframerate(), file.getnchannels(), file.getsampwidth()
-            data = file.readframes(file.getnframes())
-            if len(data) != file.getnframes() * file.getnchannels() * file.getsampwidth():
-                raise EOFError("it is cut off")
-    except (wave.Error, EOFError, OSError) as error:
-        raise UserError(f"{path} is no readable WAV file ({error}); fetch it anew.") from error
-    samples = np.frombuffer(data, dtype="<i2") if layout[2] == 2 else ()
-    if layout != (SAMPLE_RATE, 1, 2) or len(samples) == 0:
-        raise UserError(f"{path} should be 16-bit mono at 8000 Hz with sound; fetch it anew.")
-    return torch.from_numpy(samples.astype(np.float32) / 32768)
 
 
 def add_noise(waveform, snr, generator):
@@ -130,7 +113,9 @@ def load(root, data_seed, visual_energy, audio_snr):
         paths[name] = [paths[name][i] for i in shuffle]
         noise = make_generator(data_seed, "noise", name)
         audio[name] = log_mel(
-            torch.stack([add_noise(read_wav(path), audio_snr, noise) for path in paths[name]])
+            torch.stack(
+                [add_noise(read_wav(path, SAMPLE_RATE), audio_snr, noise) for path in paths[name]]
+            )
         )
         labels[name] = torch.tensor([int(path.name[0]) for path in paths[name]])
 

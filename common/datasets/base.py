@@ -1,6 +1,7 @@
 """Splits of a dataset that fits in memory: tensors on the device, a batch is an index into them."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,12 +13,23 @@ class TensorSplit:
     tensors: raw storage, name -> (N, ...); several samples share whatever `render` derives.
     labels:  (N,) int64.
     render:  turns raw rows, name -> (B, ...), into inputs, modality -> (B, C, H, W) float in
-             [0, 1] or any other range: every encoder starts with a BatchNorm of its input.
+             [0, 1] or any other range: every encoder for images starts with a BatchNorm of them.
+    augment: (inputs, generator) -> inputs with random changes, for training; None: there are none.
+    slices:  name -> (N,) bool, named parts of the split that results are reported for.
     """
 
-    def __init__(self, tensors: dict, labels: torch.Tensor, render: Callable, index=None):
+    def __init__(
+        self,
+        tensors: dict,
+        labels: torch.Tensor,
+        render: Callable,
+        index=None,
+        augment: Callable | None = None,
+        slices: dict | None = None,
+    ):
         self.tensors, self.all_labels, self.render = tensors, labels, render
         self.index = torch.arange(len(labels), device=labels.device) if index is None else index
+        self.augment, self.all_slices = augment, slices or {}
 
     def __len__(self):
         return len(self.index)
@@ -26,6 +38,16 @@ class TensorSplit:
     def labels(self):
         """(len(self),) int64, in the order of `batches` without a generator."""
         return self.all_labels[self.index]
+
+    @property
+    def augmented(self):
+        """Whether training batches differ from epoch to epoch."""
+        return self.augment is not None
+
+    @property
+    def slices(self):
+        """name -> (len(self),) bool, in the same order."""
+        return {name: mask[self.index] for name, mask in self.all_slices.items()}
 
     def subset(self, positions):
         """The samples at `positions` of this split; their `index` stays that of the parent."""
@@ -42,22 +64,34 @@ class TensorSplit:
 
     def stored(self, change, index=None, render=None):
         """This split with `change` applied to whatever it stores, and perhaps another `render`."""
-        tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
-        return TensorSplit(tensors, change(self.all_labels), render or self.render, index)
+        split = copy(self)
+        split.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        split.all_slices = {name: change(mask) for name, mask in self.all_slices.items()}
+        split.all_labels, split.render = change(self.all_labels), render or self.render
+        if index is None:
+            index = torch.arange(len(split.all_labels), device=split.all_labels.device)
+        split.index = index
+        return split
+
+    def shuffled(self, generator):
+        """`index`, in a random order if a CPU `generator` is given."""
+        if generator is None:
+            return self.index
+        order = torch.randperm(len(self), generator=generator)
+        return self.index[order.to(self.index.device)]
 
     def batches(self, batch_size, generator=None, augment=False):
         """Yield (inputs, labels, index), shuffled if a CPU `generator` is given.
 
         inputs: modality -> (B, ...); labels, index: (B,) int64, index = position in the split
-        (of the parent for a `subset`). `augment` is for datasets with random transforms; the
-        in-memory ones have none.
+        (of the parent for a `subset`). `augment`: with the split's random changes, if it has any.
         """
-        order = self.index
-        if generator is not None:
-            order = order[torch.randperm(len(order), generator=generator).to(order.device)]
-        for index in order.split(batch_size):
+        for index in self.shuffled(generator).split(batch_size):
             rows = {name: tensor[index] for name, tensor in self.tensors.items()}
-            yield self.render(rows), self.all_labels[index], index
+            inputs = self.render(rows)
+            if augment and self.augment:
+                inputs = self.augment(inputs, generator)
+            yield inputs, self.all_labels[index], index
 
 
 @dataclass
@@ -74,6 +108,7 @@ class Splits:
     test: TensorSplit
     modalities: tuple[str, ...]
     num_classes: int
+    loader: object = None  # of a dataset that stays in files: has the number of workers
 
     NAMES = ("train", "val", "val_iid", "test")
 
