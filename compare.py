@@ -127,12 +127,12 @@ def complete(runs, modalities):
             run["test"] |= {m: teacher["test"][m] for m, teacher in teachers.items()}
         if run["method"] in ("ume", "umt"):
             run["cpu_seconds"] += sum(teacher["cpu_seconds"] for teacher in teachers.values())
-        shares = [
-            100 * lookup(run, f"test.{m}.probe") / lookup(teacher, f"test.{m}.probe")
+        probes = [
+            (lookup(run, f"test.{m}.probe"), lookup(teacher, f"test.{m}.probe"))
             for m, teacher in teachers.items()
-            if lookup(run, f"test.{m}.probe") is not None
         ]
-        run["balance"] = min(shares) if len(shares) == len(modalities) else None
+        defined = all(own is not None and best for own, best in probes)
+        run["balance"] = min(100 * own / best for own, best in probes) if defined else None
         found.append(run)
     return found
 

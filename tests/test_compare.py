@@ -59,6 +59,15 @@ def test_table_of_hand_made_runs():
     assert (umt["best"]["mean"], umt["macro-F1"]["mean"]) == (50, 75)
 
 
+def test_no_balance_where_an_encoder_alone_gets_nothing_right():
+    alone = {
+        "a": made("unimodal-a", 0, 60.0, {"a": 0.0}),
+        "b": made("unimodal-b", 0, 40.0, {"b": 50}),
+    }
+    runs = [*alone.values(), made("joint", 0, 70.0, {"a": 10, "b": 25})]
+    assert [row["balance"] for row in compare.tabulate(runs)] == [None] * 3
+
+
 def test_standard_error_is_that_of_the_mean():
     runs = [made("joint", seed, x, {}) for seed, x in enumerate((1.0, 4.0, 10.0))]
     found = compare.mean(runs, "test.accuracy")
