@@ -42,9 +42,9 @@ from common.experiments import (
     correlate,
     distributions,
     experiment_folder,
-    format_text,
     log_uniform,
     paper_columns,
+    print_table,
     run_experiment,
     tabulate,
     trends,
@@ -683,8 +683,7 @@ def run_all(argv):
     ]
     table = tabulate_runs(runs, splits.modalities)
     shown = [{key: row[key] for key in list(row)[:-3]} for row in table]
-    print(f"\n{args.dataset}, test split, accuracies in percent; best: best validation epoch\n")
-    print(f"{format_text(shown)}\n\nRuns: {args.out}/greedy_balance/{args.dataset}")
+    print_table(shown, "greedy_balance", args)
     return {"runs": runs, "table": table}
 
 

@@ -16,7 +16,6 @@ runs/mhm/<dataset>/<method>-<fusion>[-<knob>=<value>]-seed<k>/. See docs/mhm.md.
 
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -40,9 +39,9 @@ from common.errors import UserError
 from common.experiments import (
     draw_experiment,
     experiment_folder,
-    format_text,
     mean_by_epoch,
     paper_columns,
+    print_table,
     run_experiment,
     spread,
     tabulate,
@@ -580,8 +579,7 @@ def run_all(argv):
     table = tabulate(runs, columns, DIGITS)
     for row in table:
         row |= compare_networks(row["method"], outcomes, args)
-    print(f"\n{args.dataset}, test split, percent; best: at the best validation epoch\n")
-    print(f"{format_text(table)}\n\nRuns: {Path(args.out) / 'mhm' / args.dataset}")
+    print_table(table, "mhm", args)
     return {"runs": runs, "table": table, "outcomes": outcomes}
 
 

@@ -17,7 +17,6 @@ import math
 import sys
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -40,8 +39,8 @@ from common.encoders import build_encoder
 from common.errors import UserError
 from common.experiments import (
     experiment_folder,
-    format_text,
     paper_numbers,
+    print_table,
     run_experiment,
     tabulate,
     without_flag,
@@ -542,8 +541,7 @@ def run_all(argv):
         for method in methods
     ]
     table = tabulate(runs, columns_of(splits.modalities))
-    print(f"\n{args.dataset}, test split, percent; best: at the best validation epoch\n")
-    print(f"{format_text(table)}\n\nRuns: {Path(args.out) / 'pmr' / args.dataset}")
+    print_table(table, "pmr", args)
     return {"runs": runs, "table": table}
 
 

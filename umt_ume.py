@@ -43,6 +43,7 @@ from common.experiments import (
     experiment_folder,
     format_text,
     paired_differences,
+    print_table,
     run_experiment,
     tabulate,
     trends,
@@ -527,11 +528,9 @@ def run_all(argv):
         methods = list(dict.fromkeys([*(m for m in methods if m != "auto"), *used]))
     runs = [study.run(method, seed).summary for seed in args.seeds for method in methods]
     table = tabulate(runs, columns_of(study.splits))
-    print(f"\n{args.dataset}, test split, percent; best: at the best validation epoch\n")
-    print(format_text(table))
+    print_table(table, "umt_ume", args)
     if decision:
         report(decision, args, defaults)
-    print(f"\nRuns: {Path(args.out) / 'umt_ume' / args.dataset}")
     return {"runs": runs, "table": table, "decision": decision}
 
 

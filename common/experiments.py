@@ -114,6 +114,13 @@ def format_text(rows):
     )
 
 
+def print_table(rows, script, args):
+    """Print the rows of the runs of `args`, and where the runs are."""
+    fake = ", MADE-UP DATA: the numbers mean nothing" if str(args.data).startswith("fake-") else ""
+    print(f"\n{args.dataset}{fake}, test split, percent; best: at the best validation epoch\n")
+    print(f"{format_text(rows)}\n\nRuns: {Path(args.out) / script / args.dataset}")
+
+
 def format_markdown(rows):
     """Rows (dicts with equal keys) as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]

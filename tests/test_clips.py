@@ -426,7 +426,7 @@ def test_real_views(tmp_path, data_root):
         (
             "frames/train_00000/0002.jpg",
             lambda path: path.write_bytes(path.read_bytes()[:-400]),
-            r"train_00000/0002.jpg is no readable image; fetch it anew",
+            r"train_00000/0002.jpg is no readable image; fetch or prepare it anew",
         ),
         (
             "frames/train_00003/0001.jpg",
@@ -625,10 +625,11 @@ def test_umt_on_clips_and_views_never_caches_its_targets(run, dataset, monkeypat
     assert len(seen) == 3 * 2  # every batch of 8 clips, in every epoch
 
 
-def test_prepared_folders_are_told_apart(prepared, run, tmp_path):
+def test_prepared_folders_are_told_apart(prepared, run, tmp_path, capsys):
     name = DATASETS["crema-d"].identify(prepared)
     assert re.fullmatch(r"fake-[0-9a-f]{8}", name)
     run(pmr, "crema-d", "--num-workers", "0", "--method", "joint")
+    assert "crema-d, MADE-UP DATA: the numbers mean nothing, test split" in capsys.readouterr().out
     (folder,) = (tmp_path / "pmr" / "crema-d").iterdir()
     assert f"-data={name}-" in folder.name
     assert DATASETS["crema-d"].identify(tmp_path) is None

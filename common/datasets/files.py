@@ -133,11 +133,14 @@ def read_wav(path, sample_rate):
             if len(data) != file.getnframes() * file.getnchannels() * file.getsampwidth():
                 raise EOFError("it is cut off")
     except (wave.Error, EOFError, OSError) as error:
-        raise UserError(f"{path} is no readable WAV file ({error}); fetch it anew.") from error
+        raise UserError(
+            f"{path} is no readable WAV file ({error}); fetch or prepare it anew."
+        ) from error
     samples = np.frombuffer(data, dtype="<i2") if layout[2] == 2 else ()
     if layout != (sample_rate, 1, 2) or len(samples) == 0:
         raise UserError(
-            f"{path} should be 16-bit mono at {sample_rate} Hz with sound; fetch it anew."
+            f"{path} should be 16-bit mono at {sample_rate} Hz with sound; fetch or prepare it "
+            "anew."
         )
     return torch.from_numpy(samples.astype(np.float32) / 32768)
 
@@ -148,7 +151,7 @@ def read_image(path):
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image.convert("RGB")))
     except (OSError, SyntaxError) as error:  # PIL raises a SyntaxError on a broken PNG
-        raise UserError(f"{path} is no readable image; fetch it anew.") from error
+        raise UserError(f"{path} is no readable image; fetch or prepare it anew.") from error
 
 
 def resize(image, height, width):
