@@ -3,6 +3,7 @@
     python compare.py                                           # digits, one seed
     python compare.py --dataset synthetic --seeds 0 1 2 3 4
     python compare.py --dataset cg-mnist --seeds 0 1 2 --device cuda
+    python compare.py --join runs/compare/*/compare.json        # datasets side by side
 
 Splits, encoders, epochs, batches and optimizer are the same for all: those of pmr.py's recipe. The
 knobs of a method are its own script's. Runs are those of the scripts, under --out; finished ones
@@ -11,6 +12,7 @@ that compare.py does not know go to all the scripts. See docs/compare.md.
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -22,11 +24,13 @@ import pmr
 import umt_ume
 from common.command_line import load_splits, recipe_for, run_command
 from common.datasets import DATASETS
+from common.errors import UserError
 from common.experiments import format_markdown, format_text, lookup, paired_differences
 from common.figures import draw_scatter
 from common.rebalance import RIVALS
 from common.training import make_folder, write_atomically, write_figure, write_json
 
+JOINED = ("test", "- joint", "balance")
 SHARED = ("epochs", "batch_size", "lr", "weight_decay", "schedule")
 
 
@@ -179,6 +183,28 @@ def readable(rows):
     ]
 
 
+def join(records):
+    """The tables of several datasets side by side: test accuracy, difference and balance of each.
+
+    Modalities have another name in every dataset, so those alone are numbered.
+    """
+    found = {}
+    for record in records:
+        alone = [m for m in named(record["runs"]) if m.startswith("unimodal-")]
+        names = {method: f"modality {i} alone" for i, method in enumerate(alone, start=1)}
+        for row in record["rows"]:
+            key = row["network"], names.get(row["method"], row["method"]), row["fusion"]
+            found.setdefault(key, {})[record["dataset"]] = row
+    rows = []
+    for key, by_dataset in found.items():
+        row = dict(zip(("network", "method", "fusion"), key, strict=True))
+        for dataset in (record["dataset"] for record in records):
+            own = by_dataset.get(dataset, {})
+            row |= {f"{dataset} {column}": own.get(column) for column in JOINED}
+        rows.append(row)
+    return rows
+
+
 # ---- Command line ----
 
 
@@ -192,6 +218,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--dataset", choices=list(DATASETS), default="digits", help="default: %(default)s")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    add("--join", nargs="+", metavar="FILE", help="put finished compare.json side by side")
     add("--out", default="runs", metavar="DIR", help="where runs are written (%(default)s)")
     return parser.parse_known_args(argv)
 
@@ -199,20 +226,55 @@ def parse_args(argv=None):
 def main(argv=None):
     """Run everything, write compare.json, compare.md and compare.png; returns the record."""
     args, rest = parse_args(argv)
+    if args.join:
+        return write_joined(args, rest)
     runs = run_everything(args, rest)
     rows = tabulate(runs)
     title = f"All methods on {args.dataset}"
     record = {"title": title, "dataset": args.dataset, "seeds": args.seeds, "flags": rest}
     record |= {"rows": readable(rows), "runs": runs}
     folder = Path(args.out) / "compare" / args.dataset
-    make_folder(folder)
-    write_json(folder / "compare.json", record)
-    markdown = format_markdown(readable(rows)) + "\n"
-    write_atomically(folder / "compare.md", lambda file: file.write(markdown.encode()))
+    write_record(folder, record)
     write_figure(folder / "compare.png", draw_scatter(title, rows, "balance", "test"))
     print(f"\n{title}: mean ± standard error over {len(args.seeds)} seeds\n")
-    print(f"{format_text(readable(rows))}\n\nTable and figure: {folder}")
+    print(f"{format_text(record['rows'])}\n\nTable and figure: {folder}")
     return record
+
+
+def write_joined(args, rest):
+    """Join the files that `--join` names; returns the record."""
+    if rest:
+        raise UserError(f"--join trains nothing; leave out {' '.join(rest)}.")
+    records = [read_record(Path(name)) for name in args.join]
+    names = [record["dataset"] for record in records]
+    if len(set(names)) < len(names):
+        raise UserError(f"--join takes one file of a dataset, not those of {', '.join(names)}.")
+    record = {"title": f"All methods on {', '.join(names)}", "datasets": names}
+    record |= {"rows": join(records)}
+    folder = Path(args.out) / "compare"
+    write_record(folder, record)
+    print(f"{format_text(record['rows'])}\n\nTable: {folder}")
+    return record
+
+
+def read_record(path):
+    """A compare.json; UserError for a file that is none."""
+    try:
+        record = json.loads(path.read_text())
+        if {"dataset", "rows", "runs"} <= record.keys():
+            return record
+        reason = "it is no table of one dataset"
+    except (OSError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise UserError(f"{path} is no compare.json ({reason}); let compare.py write it anew.")
+
+
+def write_record(folder, record):
+    """compare.json and, of its rows, compare.md."""
+    make_folder(folder)
+    write_json(folder / "compare.json", record)
+    markdown = format_markdown(record["rows"]) + "\n"
+    write_atomically(folder / "compare.md", lambda file: file.write(markdown.encode()))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def draw_scatter(title, rows, x, y):
     rows = [row for row in rows if row[x] and row[y]]
     figure = Figure(figsize=(8, 6), layout="constrained")
     axis = figure.subplots()
+    axis.margins(x=0.15)
     networks = list(dict.fromkeys(row["network"] for row in rows))
+    names = []
     for row in rows:
         color = f"C{networks.index(row['network'])}"
         name = row["method"] if row["method"] != "joint" else f"joint ({row['fusion']})"
@@ -110,7 +112,8 @@ def draw_scatter(title, rows, x, y):
             *((row[k]["mean"], row[k]["standard_error"]) for k in (x, y)), strict=True
         )
         axis.errorbar(*point, xerr=errors[0], yerr=errors[1], fmt="o", color=color, capsize=2)
-        axis.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize="small")
+        names.append((point, name, color))
+    write_beside(axis, names)
     handles = [
         Line2D([], [], marker="o", linestyle="", color=f"C{i}") for i in range(len(networks))
     ]
@@ -118,6 +121,20 @@ def draw_scatter(title, rows, x, y):
     axis.set(xlabel=f"{x} (%)", ylabel=f"{y} accuracy (%)", title=title)
     axis.grid(alpha=0.3)
     return figure
+
+
+def write_beside(axis, names):
+    """Write every name of (point, name, color) beside its point, above the names in its way."""
+    axis.autoscale_view()
+    taken = []  # (left, right, bottom) of names, in shares of the axes
+    for point, name, color in sorted(names, key=lambda item: item[0][1]):
+        x, bottom = axis.transLimits.transform(point)
+        left, right = x + 0.01, x + 0.01 + 0.012 * len(name)
+        for other in sorted(y for start, end, y in taken if start < right and left < end):
+            if abs(other - bottom) < 0.026:
+                bottom = other + 0.026
+        taken.append((left, right, bottom))
+        axis.text(left, bottom, name, transform=axis.transAxes, fontsize="small", color=color)
 
 
 def draw_bars(title, rows, columns, fields=()):

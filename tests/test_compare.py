@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import runpy
 import statistics
 
@@ -144,10 +143,70 @@ def test_unknown_flags_are_refused_by_the_scripts(tmp_path):
         compare.main(["--audio-snr", "3", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("compare_*.json")), ids=lambda path: path.stem)
-def test_rows_of_the_results_are_those_of_their_runs(path):
-    record = json.loads(path.read_text())
+# ---- Datasets side by side ----
+
+
+def write_made(tmp_path, dataset, runs):
+    """A compare.json of hand-made runs."""
+    record = {"dataset": dataset, "rows": compare.readable(compare.tabulate(runs)), "runs": runs}
+    (tmp_path / f"{dataset}.json").write_text(json.dumps(record))
+    return str(tmp_path / f"{dataset}.json")
+
+
+def test_joined_tables(tmp_path, capsys):
+    other = [run for run in RUNS if run["network"] == "late" and run["method"] != "umt"]
+    other = [
+        {**run, "method": run["method"].replace("-a", "-x").replace("-b", "-y")} for run in other
+    ]
+    other = [
+        {**run, "test": {{"a": "x", "b": "y"}.get(k, k): v for k, v in run["test"].items()}}
+        for run in other
+    ]
+    files = [write_made(tmp_path, "one", RUNS), write_made(tmp_path, "two", other)]
+    record = compare.main(["--join", *files, "--out", str(tmp_path)])
+    folder = tmp_path / "compare"
+    assert json.loads((folder / "compare.json").read_text()) == record
+    assert (folder / "compare.md").read_text() == format_markdown(record["rows"]) + "\n"
+    assert [row["method"] for row in record["rows"]][:2] == ["modality 1 alone", "modality 2 alone"]
+    rows = {(row["network"], row["method"]): row for row in record["rows"]}
+    assert len(rows) == 7
+    ume, umt = rows["late", "ume"], rows["late", "umt"]
+    assert ume["one test"] == ume["two test"] and ume["two test"]["mean"] == 75
+    assert (umt["one - joint"], umt["two - joint"], umt["two test"]) == ("+5.0 ± 1.0", None, None)
+    assert rows["late", "joint"]["two balance"]["mean"] == 50
+    assert "one - joint" in capsys.readouterr().out
+
+
+def test_bad_files_to_join(tmp_path):
+    good, bad = write_made(tmp_path, "one", RUNS), tmp_path / "bad.json"
+    for text in ("{", "[]", '{"rows": []}'):
+        bad.write_text(text)
+        with pytest.raises(UserError, match=r"bad.json is no compare.json \(.*write it anew"):
+            compare.main(["--join", good, str(bad)])
+    with pytest.raises(UserError, match=r"none.json is no compare.json"):
+        compare.main(["--join", str(tmp_path / "none.json")])
+    with pytest.raises(UserError, match="--join trains nothing; leave out --epochs 3"):
+        compare.main(["--join", good, "--epochs", "3"])
+    with pytest.raises(UserError, match="one file of a dataset, not those of one, one"):
+        compare.main(["--join", good, good])
+
+
+# ---- What the pages show ----
+
+
+@pytest.mark.parametrize("dataset", ["digits", "av-digits", "synthetic"])
+def test_rows_of_the_results_are_those_of_their_runs(dataset):
+    record = json.loads((RESULTS / f"compare_{dataset}.json").read_text())
     again = compare.readable(compare.tabulate(record["runs"]))
     assert record["rows"] == json.loads(json.dumps(again))
-    readme = (ROOT / "README.md").read_text()
-    assert re.search(rf"<!-- table {path.name} rows -->\n", readme)
+    assert len(record["seeds"]) >= 5
+    page = (ROOT / "docs" / "compare.md").read_text()
+    assert f"<!-- table compare_{dataset}.json rows -->\n" in page
+
+
+def test_the_table_of_the_readme_joins_the_results():
+    record = json.loads((RESULTS / "compare.json").read_text())
+    files = [RESULTS / f"compare_{name}.json" for name in record["datasets"]]
+    joined = compare.join([json.loads(path.read_text()) for path in files])
+    assert record["rows"] == json.loads(json.dumps(joined))
+    assert "<!-- table compare.json rows -->\n" in (ROOT / "README.md").read_text()
