@@ -5,10 +5,11 @@
     python compare.py --dataset cg-mnist --seeds 0 1 2 --device cuda
     python compare.py --join runs/compare/*/compare.json        # datasets side by side
 
-Splits, encoders, epochs, batches and optimizer are the same for all: those of pmr.py's recipe. The
-knobs of a method are its own script's. Runs are those of the scripts, under --out; finished ones
-are reused and unfinished ones gone on with, so the same command can be given again and again. Flags
-that compare.py does not know go to all the scripts. See docs/compare.md.
+Splits, epochs, batches and optimizer are the same for all: those of pmr.py's recipe. So are the
+encoders within a network, and the knobs of a method are its own script's. Runs are those of the
+scripts, under --out; finished ones are reused and unfinished ones gone on with, so the same command
+can be given again and again. Flags that compare.py does not know go to all the scripts. See
+docs/compare.md.
 """
 
 import argparse
@@ -22,16 +23,33 @@ import greedy_balance
 import mhm
 import pmr
 import umt_ume
-from common.command_line import load_splits, recipe_for, run_command
+from common.command_line import load_splits, recipe_for, run_command, shared_knobs
 from common.datasets import DATASETS
 from common.errors import UserError
-from common.experiments import format_markdown, format_text, lookup, paired_differences
+from common.experiments import (
+    as_flags,
+    format_markdown,
+    format_text,
+    lookup,
+    made_up,
+    paired_differences,
+    spread,
+)
 from common.figures import draw_scatter
 from common.rebalance import RIVALS
-from common.training import make_folder, write_atomically, write_figure, write_json
+from common.training import (
+    changed_knobs,
+    environment,
+    make_folder,
+    pick_device,
+    write_atomically,
+    write_figure,
+    write_json,
+)
 
 JOINED = ("test", "- joint", "balance")
 SHARED = ("epochs", "batch_size", "lr", "weight_decay", "schedule")
+OWN = {"--method", "--fusion", "--experiment", "--eval-only"}  # compare.py decides on these
 
 
 def plan(modalities):
@@ -47,38 +65,44 @@ def plan(modalities):
         return [
             ("late", umt_ume, "concat", late),
             ("late", pmr, "sum", ["joint"]),
-            ("mmtm", greedy_balance, "mmtm", ["joint", "random", "guided"]),
+            ("mmtm", greedy_balance, "mmtm", [*alone, "joint", "random", "guided"]),
             ("modular", mhm, "concat", ["joint", "ensemble", "mhm"]),
         ]
     return [
         ("late", umt_ume, "concat", late),
         ("late", pmr, "concat", ["pmr"]),
         *(("late", pmr, fusion, ["joint"]) for fusion in ("sum", "film", "gated")),
-        ("mmtm", greedy_balance, "mmtm", ["joint", "rubi", "random", "guided"]),
+        ("mmtm", greedy_balance, "mmtm", [*alone, "joint", "rubi", "random", "guided"]),
         ("modular", mhm, "concat", ["joint", "ensemble", "mhm"]),
     ]
 
 
-def run_everything(args, rest):
-    """The summaries of all runs, each with the `network` it is of."""
+def shared_flags(args, rest):
+    """The flags that all the scripts get: pmr.py's recipe, the dataset's dials, those in `rest`."""
+    refused = [word for word in rest if word.split("=")[0] in OWN]
+    if refused:
+        raise UserError(f"compare.py runs all methods; leave out {refused[0]}.")
     recipe = recipe_for(args.dataset, pmr.RECIPES)
     shared = {knob: recipe[knob] for knob in SHARED}
     dials = {k: v for k, v in DATASETS[args.dataset].dials.items() if v is not None}
     flags = ["--dataset", args.dataset, "--out", args.out, "--seeds", *map(str, args.seeds)]
-    for knob, value in (shared | dials).items():
-        flags += ["--" + knob.replace("_", "-"), str(value)]
-    flags += ["--resume", *rest]
+    flags += [*as_flags(shared | dials), *([] if "--overwrite" in rest else ["--resume"]), *rest]
+    for script in (umt_ume, pmr, greedy_balance, mhm):  # a flag that one refuses: before training
+        script.parse_args(flags)
+    return flags
+
+
+def run_everything(flags):
+    """The summaries of all runs, each with the `network` it is of."""
+    args, _ = umt_ume.parse_args(flags)
+    modalities = load_splits(args, torch.device("cpu")).modalities
+    if len(modalities) < 2:
+        raise UserError(f"compare.py needs two modalities at least; {args.dataset} has one.")
     runs = []
-    for network, script, fusion, methods in plan(find_modalities(flags)):
+    for network, script, fusion, methods in plan(modalities):
         result = script.run_all([*flags, "--fusion", fusion, "--method", *methods])
         runs += [{**run, "network": network} for run in result["runs"]]
     return runs
-
-
-def find_modalities(flags):
-    """The modalities of the dataset that `flags` name."""
-    args, _ = umt_ume.parse_args(flags)
-    return load_splits(args, torch.device("cpu")).modalities
 
 
 # ---- The table ----
@@ -98,7 +122,7 @@ def tabulate(runs):
         row |= {"best": mean(own, "best.test.accuracy"), "macro-F1": mean(own, "test.macro_f1")}
         row |= {f"{m} probe": mean(own, f"test.{m}.probe") for m in modalities}
         row["balance"] = mean(own, "balance")
-        row["time"] = total(own, "cpu_seconds") / total(reference, "cpu_seconds")
+        row["time"] = mean(own, "cpu_seconds")["mean"] / mean(reference, "cpu_seconds")["mean"]
         row["parameters"] = own[0]["parameters"]
         rows.append(row)
     return rows
@@ -116,15 +140,16 @@ def key_of(run):
 def complete(runs, modalities):
     """What a run owes to the uni-modal ones of its seed: UME its encoders, and with UMT the time to
     train them. And its `balance`: of all encoders the lowest probe in percent of that of the
-    encoder that was trained alone."""
+    encoder that was trained alone; in the network `modular`, that of `late`."""
     alone = {
-        (run["method"].removeprefix("unimodal-"), run["seed"]): run
+        (run["network"], run["method"].removeprefix("unimodal-"), run["seed"]): run
         for run in runs
         if run["method"].startswith("unimodal-")
     }
     found = []
     for run in runs:
-        teachers = {m: alone[m, run["seed"]] for m in modalities}
+        network = "late" if run["network"] == "modular" else run["network"]
+        teachers = {m: alone[network, m, run["seed"]] for m in modalities}
         run = {**run, "test": dict(run["test"])}
         if run["method"] == "ume":
             run["cpu_seconds"] = 0.0
@@ -143,17 +168,10 @@ def complete(runs, modalities):
 
 def mean(runs, path):
     """{"mean", "standard_error", "n"} of the number at `path`, or None."""
-    values = [value for value in (lookup(run, path) for run in runs) if value is not None]
-    if not values:
-        return None
-    center = sum(values) / len(values)
-    spread = sum((value - center) ** 2 for value in values) / max(1, len(values) - 1)
-    error = math.sqrt(spread / len(values))
-    return {"mean": center, "standard_error": error, "n": len(values)}
-
-
-def total(runs, path):
-    return sum(lookup(run, path) for run in runs) / len(runs)
+    found = spread([x for x in (lookup(run, path) for run in runs) if x is not None])
+    if found:
+        found["standard_error"] = found.pop("std") / math.sqrt(found["n"])
+    return found
 
 
 def difference(runs, key):
@@ -228,15 +246,21 @@ def main(argv=None):
     args, rest = parse_args(argv)
     if args.join:
         return write_joined(args, rest)
-    runs = run_everything(args, rest)
+    flags = shared_flags(args, rest)
+    runs = run_everything(flags)
     rows = tabulate(runs)
-    title = f"All methods on {args.dataset}"
-    record = {"title": title, "dataset": args.dataset, "seeds": args.seeds, "flags": rest}
+    shared, defaults = pmr.parse_args(flags)
+    names = [knob for knob in shared_knobs(args.dataset) if knob not in ("method", "fusion")]
+    arguments = {knob: getattr(shared, knob) for knob in names}
+    title = f"All methods on {args.dataset}{made_up(shared)}"
+    record = {"title": title, "dataset": args.dataset, "seeds": shared.seeds}
+    record |= {"arguments": arguments, **environment(pick_device(shared.device))}
     record |= {"rows": readable(rows), "runs": runs}
-    folder = Path(args.out) / "compare" / args.dataset
+    name = "-".join([args.dataset, *changed_knobs(arguments, defaults)])
+    folder = Path(args.out) / "compare" / name
     write_record(folder, record)
     write_figure(folder / "compare.png", draw_scatter(title, rows, "balance", "test"))
-    print(f"\n{title}: mean ± standard error over {len(args.seeds)} seeds\n")
+    print(f"\n{title}: mean ± standard error, seeds {', '.join(map(str, shared.seeds))}\n")
     print(f"{format_text(record['rows'])}\n\nTable and figure: {folder}")
     return record
 
@@ -261,10 +285,11 @@ def read_record(path):
     """A compare.json; UserError for a file that is none."""
     try:
         record = json.loads(path.read_text())
-        if {"dataset", "rows", "runs"} <= record.keys():
+        columns = set.intersection(*(set(row) for row in record["rows"]))
+        if {"dataset", "runs"} <= record.keys() and {"network", "method", *JOINED} <= columns:
             return record
         reason = "it is no table of one dataset"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise UserError(f"{path} is no compare.json ({reason}); let compare.py write it anew.")
 

@@ -606,6 +606,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.experiment == "sweep" and args.lr is not None:
         raise UserError("The sweep draws its own learning rates; leave out --lr.")
+    if args.experiment == "l1" and args.l1 > 0:
+        raise UserError("--experiment l1 has its own weights of the norm; leave out --l1.")
     defaults = fill_from_recipe(parser, args, recipe_for(args.dataset, RECIPES))
     return args, defaults
 
@@ -630,12 +632,16 @@ def load_modalities(args, device):
 def duplicate(splits, modality):
     """The same splits with `modality` and its copy in place of all modalities."""
 
-    def copy(split):
-        def render(rows):
-            x = split.render(rows)[modality]
-            return {modality: x, f"{modality}-2": x}
+    def twice(inputs):
+        return {modality: inputs[modality], f"{modality}-2": inputs[modality]}
 
-        return split.stored(lambda tensor: tensor, split.index, render)
+    def copy(split):
+        doubled = split.stored(lambda tensor: tensor, split.index, lambda x: twice(split.render(x)))
+        if split.augment:  # changes at random, the same ones in both
+            doubled.augment = lambda inputs, generator: twice(
+                split.augment({modality: inputs[modality]}, generator)
+            )
+        return doubled
 
     splits = splits.map(copy)
     splits.modalities = (modality, f"{modality}-2")
@@ -647,6 +653,10 @@ def choose_methods(args, modalities):
     unimodal = [f"unimodal-{m}" for m in modalities]
     compared = [*unimodal, "joint", "random", "guided"]
     methods = args.method or (compared if DATASETS[args.dataset].small else ["guided"])
+    if len(modalities) == 1 and set(methods) & set(METHODS):
+        raise UserError(
+            f"{args.dataset} has one modality, and nothing to balance; use --method {unimodal[0]}."
+        )
     if "rubi" in methods and len(modalities) != 2 and not args.biased:
         raise UserError(f"Of {len(modalities)} modalities, name the biased one by --biased.")
     return check_methods(methods, (*METHODS, *unimodal), args.dataset)

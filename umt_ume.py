@@ -190,7 +190,8 @@ def train(run, model, teachers, splits, config):
         seen = progress(batches("train", epoch, optimizer))
         training = train_epoch(model, rival, targets, optimizer, seen, config)
         validation, _ = evaluate(model, splits.val, config)
-        run.check_finite(training["loss"] + validation["loss"])
+        hint = "--lr or --distill-weight" if targets else "--lr"
+        run.check_finite(training["loss"] + validation["loss"], hint)
         if config.method == "g-blending":
             training["weights"] = rival.weights.tolist()
         run.end_epoch({"train": training, "val": validation}, state)
@@ -356,12 +357,14 @@ class Study:
         """
         if (method, seed) in self.runs:
             return self.runs[method, seed]
-        if method in ASSEMBLED or (method == "umt" and not self.args.eval_only):
+        args = self.args
+        if method in ASSEMBLED or (method == "umt" and not args.eval_only):
             for m in self.splits.modalities:
                 self.run(f"unimodal-{m}", seed)
-        args = self.args
         if args.overwrite and not {method, "auto"} & set(self.methods):
             args = SimpleNamespace(**{**vars(args), "overwrite": False, "resume": True})
+        if method == "umt" and args.overwrite:  # a damaged teacher must not cost the student
+            self.unimodal_models(seed, "last.pt")
         config = self.config(method, seed)
         arguments = {"script": "umt_ume", "seed": seed}
         arguments |= {knob: getattr(config, knob) for knob in knobs_of(config)}
@@ -478,7 +481,7 @@ DIAL = [
 
 def knobs_of(config):
     """Names of the arguments that decide a run's result, by method."""
-    own = ["distill_weight"] if config.method == "umt" else rival_knobs(config.method)
+    own = ["distill_weight"] if config.method in ("umt", "auto") else rival_knobs(config.method)
     return shared_knobs(config.dataset) + own
 
 
@@ -560,7 +563,8 @@ def experiment(args, defaults, argv):
     methods, grid = ["ume", "joint", "aux-ce", "umt"], DIAL
     if args.experiment == "methods":
         modalities = load_splits(args, torch.device("cpu")).modalities
-        rivals = [m for m in RIVALS if m != "ogm-ge" or args.fusion == "concat"]
+        ogm = args.fusion == "concat" and len(modalities) > 1  # see check_rivals
+        rivals = [m for m in RIVALS if m != "ogm-ge" or ogm]
         methods = [*(f"unimodal-{m}" for m in modalities), *METHODS, *rivals, "auto"]
         own = args.dataset == "synthetic"
         grid = [{"configuration": name} for name in CONFIGURATIONS] if own else [{}]

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch.nn as nn
 import torchvision
@@ -70,17 +71,13 @@ class CNN(Encoder):
 class MLP(Encoder):
     """For vectors (B, inputs): two hidden layers with ReLU, each of them a stage.
 
-    dim, batch_norm: as for `CNN`; the width of the features is 64 if `dim` is None.
+    dim: width of the features; None is 64, as for `CNN`.
     """
 
-    def __init__(self, inputs, dim=64, hidden=256, batch_norm=False):
+    def __init__(self, inputs, dim=64, hidden=256):
         dim = dim or 64
-
-        def layer(before, after):
-            norm = [nn.BatchNorm1d(after)] if batch_norm else []
-            return nn.Sequential(nn.Linear(before, after), *norm, nn.ReLU())
-
-        stages = [layer(inputs, hidden), layer(hidden, dim)]
+        widths = (inputs, hidden, dim)
+        stages = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         super().__init__(stages, nn.Identity(), dim, channels=(hidden, dim))
 
 

@@ -114,10 +114,16 @@ def format_text(rows):
     )
 
 
+def made_up(args):
+    """A warning to stand behind the name of a dataset that `data/prepare.py --fake` has made."""
+    fake = str(args.data).startswith("fake-")
+    return ", MADE-UP DATA: the numbers mean nothing" if fake else ""
+
+
 def print_table(rows, script, args):
     """Print the rows of the runs of `args`, and where the runs are."""
-    fake = ", MADE-UP DATA: the numbers mean nothing" if str(args.data).startswith("fake-") else ""
-    print(f"\n{args.dataset}{fake}, test split, percent; best: at the best validation epoch\n")
+    print(f"\n{args.dataset}{made_up(args)}, test split", end="")
+    print(", percent; best: at the best validation epoch\n")
     print(f"{format_text(rows)}\n\nRuns: {Path(args.out) / script / args.dataset}")
 
 

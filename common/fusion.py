@@ -186,9 +186,7 @@ class MMTM(nn.Module):
         with a given gate has no activation, and its layer `excite` no part in the result.
         """
         gates, squeezed = gates or {}, squeezed or {}
-        own = {
-            m: x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x for m, x in maps.items()
-        }
+        own = {m: spatial_mean(x) for m, x in maps.items()}
         h = {m: squeezed[m].expand_as(own[m]) if m in squeezed else own[m] for m in self.excite}
         joined = self.squeeze(torch.cat(list(h.values()), dim=1)).relu()
         w = {m: excite(joined) for m, excite in self.excite.items() if m not in gates}

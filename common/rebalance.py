@@ -219,10 +219,14 @@ def build_rival(model, data, num_classes, config):
 
 def check_rivals(methods, fusion, modalities):
     """UserError for OGM-GE where the logits are no sum of a part for each of several modalities."""
-    if "ogm-ge" in methods and (fusion not in ("concat", "sum") or len(modalities) < 2):
+    if "ogm-ge" not in methods:
+        return
+    if len(modalities) < 2:
+        raise UserError("ogm-ge compares modalities, and there is only one; leave it out.")
+    if fusion not in ("concat", "sum"):
         raise UserError(
-            "ogm-ge needs each modality's share of the logits, of two modalities at least, and "
-            f"--fusion {fusion} does not have it; use --fusion concat."
+            f"ogm-ge needs each modality's share of the logits, and --fusion {fusion} does not "
+            "have it; use --fusion concat."
         )
 
 

@@ -268,8 +268,8 @@ class Run:
             return checkpoint["epoch"]
         except Exception as error:  # a truncated file has many ways to fail
             raise UserError(
-                f"{path} is missing, damaged or of another version ({type(error).__name__}); "
-                "start this run again by --overwrite."
+                f"{path} is missing, damaged or of another version ({type(error).__name__}); start "
+                f"that run again by --method {self.arguments['method']} --overwrite."
             ) from error
 
     def start(self, state):
@@ -336,14 +336,17 @@ class Run:
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
         write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
-    def check_finite(self, loss):
-        """End the run with a sentence if a loss of the present epoch is NaN or infinite."""
+    def check_finite(self, loss, hint="--lr"):
+        """End the run with a sentence if a loss of the present epoch is NaN or infinite.
+
+        hint: flags that a lower value may help of.
+        """
         if not math.isfinite(loss):
             epoch = len(self.history)
             kept = f"last.pt of epoch {epoch - 1} is kept" if epoch else "nothing was saved yet"
             raise UserError(
                 f"The loss of {self.label} became {loss} in epoch {epoch}; {kept}. Try a lower "
-                "--lr."
+                f"{hint}."
             )
 
     def summarize(self, last, best):

@@ -5,6 +5,7 @@ import math
 import runpy
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -12,6 +13,7 @@ from conftest import ROOT
 import compare
 from common.errors import UserError
 from common.experiments import RESULTS, format_markdown
+from common.figures import draw_scatter
 from common.rebalance import RIVALS
 
 TINY = ["--epochs", "1", "--train-samples", "60", "--device", "cpu"]
@@ -35,15 +37,18 @@ RUNS = [
         {k: v for k, v in made("ume", seed, 75.0, {}, fusion=None).items() if k != "cpu_seconds"},
         made("joint", seed, 70 + shift, {"a": 80, "b": 25}),
         made("umt", seed, 74 + 2 * shift, {"a": 76, "b": 50}, cpu=11.0),
-        made("joint", seed, 50.0, {"a": 40, "b": 50}, "mmtm", "mmtm", cpu=20.0),
-        made("guided", seed, 53 - shift, {"a": 80, "b": 50}, "mmtm", "mmtm", cpu=30.0),
+        made("unimodal-a", seed, 60.0, {"a": 50}, "mmtm", fusion=None),
+        made("unimodal-b", seed, 40.0, {"b": 100}, "mmtm", fusion=None),
+        made("joint", seed, 50.0, {"a": 40, "b": 90}, "mmtm", "mmtm", cpu=20.0),
+        made("guided", seed, 53 - shift, {"a": 50, "b": 50}, "mmtm", "mmtm", cpu=30.0),
+        made("mhm", seed, 50.0, {"a": 40, "b": 50}, "modular"),
     )
 ]
 
 
 def test_table_of_hand_made_runs():
     rows = {(row["network"], row["method"]): row for row in compare.tabulate(RUNS)}
-    assert len(rows) == 7
+    assert len(rows) == 10
     joint, umt, ume = rows["late", "joint"], rows["late", "umt"], rows["late", "ume"]
     assert joint["test"] == {"mean": 71.0, "standard_error": pytest.approx(1.0), "n": 2}
     assert joint["- joint"] is None and rows["late", "unimodal-a"]["- joint"] is None
@@ -53,6 +58,10 @@ def test_table_of_hand_made_runs():
     assert joint["balance"]["mean"] == 50 and umt["balance"]["mean"] == 95
     assert ume["balance"]["mean"] == 100 and ume["b probe"]["mean"] == 50
     assert rows["late", "unimodal-a"]["balance"] is None
+    # against the same network alone; what is modular has no such, and the encoders of `late`
+    assert rows["mmtm", "joint"]["balance"]["mean"] == 80
+    assert rows["mmtm", "guided"]["balance"]["mean"] == 50
+    assert rows["modular", "mhm"]["balance"]["mean"] == 50
     assert umt["time"] == pytest.approx(2.1) and ume["time"] == pytest.approx(1.0)
     assert rows["mmtm", "guided"]["time"] == pytest.approx(3.0)
     assert (umt["best"]["mean"], umt["macro-F1"]["mean"]) == (50, 75)
@@ -85,13 +94,15 @@ def test_one_seed_has_no_error():
 def test_all_methods_on_digits_and_again_without_training(tmp_path, monkeypatch):
     argv = ["--seeds", "0", "1", "--out", str(tmp_path), *TINY]
     record = compare.main(argv)
-    folder = tmp_path / "compare" / "digits"
+    folder = tmp_path / "compare" / "digits-train-samples=60-epochs=1"
     assert json.loads((folder / "compare.json").read_text()) == json.loads(json.dumps(record))
+    assert record["arguments"]["epochs"] == 1 and record["arguments"]["lr"] == 0.01
     assert (folder / "compare.md").read_text() == format_markdown(record["rows"]) + "\n"
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     wanted = {
         *(("late", m) for m in ("unimodal-gray", "unimodal-color", "joint", "umt", "ume", "pmr")),
         *(("late", m) for m in RIVALS),
+        *(("mmtm", m) for m in ("unimodal-gray", "unimodal-color")),
         *(("mmtm", m) for m in ("joint", "rubi", "random", "guided")),
         *(("modular", m) for m in ("joint", "ensemble", "mhm")),
     }
@@ -112,13 +123,49 @@ def test_all_methods_on_digits_and_again_without_training(tmp_path, monkeypatch)
     def refuse(*args, **kwargs):
         raise AssertionError("trains again")
 
-    monkeypatch.setattr(torch.Tensor, "backward", refuse)
-    assert compare.main(argv)["rows"] == record["rows"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", refuse)
+        assert compare.main([*argv, "--seeds", "0", "1", "0"])["rows"] == record["rows"]
+        with pytest.raises(AssertionError, match="trains again"):
+            compare.main([*argv, "--overwrite"])
+
+
+def test_an_interrupted_command_goes_on(tmp_path, monkeypatch):
+    """Stopped in the middle of the third script, then given again: as if it had never stopped."""
+    argv = ["--dataset", "synthetic", *TINY]
+    whole = compare.main([*argv, "--out", str(tmp_path / "whole")])
+    steps, step = [], torch.optim.SGD.step
+
+    def stop(optimizer, *rest):
+        steps.append(0)
+        if len(steps) == 40:
+            raise KeyboardInterrupt
+        return step(optimizer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare.main([*argv, "--out", str(tmp_path / "parts")])
+    assert not list(tmp_path.glob("parts/compare/*")) and list(tmp_path.glob("parts/*/*/*"))
+    again = compare.main([*argv, "--out", str(tmp_path / "parts")])
+    for one, other in zip(whole["rows"], again["rows"], strict=True):
+        assert {**one, "time": 0} == {**other, "time": 0}
+
+
+def test_the_figure_shows_balance_and_accuracy_of_every_row_that_has_both():
+    rows = compare.tabulate(RUNS)
+    (axis,) = draw_scatter("title", rows, "balance", "test").axes
+    points = [tuple(container.lines[0].get_xydata()[0]) for container in axis.containers]
+    shown = [row for row in rows if row["balance"]]
+    assert points == [(row["balance"]["mean"], row["test"]["mean"]) for row in shown]
+    names = {text.get_text() for text in axis.texts}
+    assert names == {"guided", "joint (concat)", "joint (mmtm)", "mhm", "umt", "ume"}
 
 
 def test_three_modalities_leave_out_what_compares_two():
     methods = {(network, m) for network, *_, names in compare.plan("abc") for m in names}
     assert ("late", "pmr") not in methods and ("mmtm", "rubi") not in methods
+    assert {("mmtm", f"unimodal-{m}") for m in "abc"} <= methods
     assert {("late", "umt"), ("mmtm", "guided"), ("modular", "mhm")} <= methods
 
 
@@ -141,6 +188,24 @@ def test_unknown_flags_are_refused_by_the_scripts(tmp_path):
         compare.main(["--no-such-flag", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="no dial --audio-snr"):
         compare.main(["--audio-snr", "3", "--out", str(tmp_path)])
+    for flag in ("--method=joint", "--fusion", "--experiment", "--eval-only"):
+        with pytest.raises(UserError, match=f"leave out {flag}"):
+            compare.main([flag, "sum", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("flag", ["--ogm-alpha", "--distill-weight", "--tolerance", "--heads"])
+def test_a_flag_of_one_script_is_refused_before_any_training(tmp_path, flag):
+    with pytest.raises(SystemExit):
+        compare.main([flag, "1", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_modality_has_nothing_to_compare(tmp_path):
+    arrays = {f"{part}_labels": [0, 1] * 10 for part in ("train", "test")}
+    np.savez(tmp_path / "one.npz", **arrays, train_a=np.eye(20), test_a=np.eye(20))
+    flags = ["--dataset", "features", "--data-root", str(tmp_path / "one.npz")]
+    with pytest.raises(UserError, match="two modalities at least; features has one"):
+        compare.main([*flags, "--out", str(tmp_path)])
 
 
 # ---- Datasets side by side ----
@@ -169,7 +234,7 @@ def test_joined_tables(tmp_path, capsys):
     assert (folder / "compare.md").read_text() == format_markdown(record["rows"]) + "\n"
     assert [row["method"] for row in record["rows"]][:2] == ["modality 1 alone", "modality 2 alone"]
     rows = {(row["network"], row["method"]): row for row in record["rows"]}
-    assert len(rows) == 7
+    assert len(rows) == 10
     ume, umt = rows["late", "ume"], rows["late", "umt"]
     assert ume["one test"] == ume["two test"] and ume["two test"]["mean"] == 75
     assert (umt["one - joint"], umt["two - joint"], umt["two test"]) == ("+5.0 ± 1.0", None, None)
@@ -179,7 +244,7 @@ def test_joined_tables(tmp_path, capsys):
 
 def test_bad_files_to_join(tmp_path):
     good, bad = write_made(tmp_path, "one", RUNS), tmp_path / "bad.json"
-    for text in ("{", "[]", '{"rows": []}'):
+    for text in ("{", "[]", '{"rows": []}', '{"rows": [1]}', '{"rows": [{"test": 1}]}'):
         bad.write_text(text)
         with pytest.raises(UserError, match=r"bad.json is no compare.json \(.*write it anew"):
             compare.main(["--join", good, str(bad)])

@@ -154,6 +154,8 @@ def test_runs_name_the_file_and_its_content(write, tmp_path):
         ({"test_text": np.full((40, 2), 1e300)}, "holds NaN, infinite or too large numbers"),
         ({"train_text": np.array([None] * 40)}, r"is not a \.npz file of plain arrays"),
         ({"train_logits": np.ones((40, 1))}, "'logits' in .* cannot be a modality's name"),
+        ({"train__modules": np.ones((40, 1))}, "cannot be a modality's name"),
+        ({"train_d_util": np.ones((40, 1))}, "'d_util' in .* cannot be a modality's name"),
         ({"train_accuracy": np.ones((40, 1))}, "'accuracy' in .* cannot be"),
         ({"train_training": np.ones((40, 1))}, "'training' in .* cannot be"),
         ({"train_keys": np.ones((40, 1))}, "'keys' in .* cannot be"),

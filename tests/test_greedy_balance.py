@@ -694,6 +694,17 @@ def test_duplicate_trains_on_one_modality_twice(run, tmp_path):
         assert all(map(torch.equal, (labels, index), expected))
 
 
+def test_both_copies_see_the_same_augmentation():
+    args, _ = greedy.parse_args([*TINY, "--dataset", "synthetic", "--duplicate", "second"])
+    train = greedy.load_modalities(args, CPU).train
+    assert train.augmented
+    plain, _, _ = next(train.batches(7))
+    inputs, _, _ = next(train.batches(7, make_generator(0), augment=True))
+    assert list(inputs) == ["second", "second-2"]
+    assert torch.equal(inputs["second"], inputs["second-2"])
+    assert not torch.equal(inputs["second"].sort(dim=0)[0], plain["second"].sort(dim=0)[0])
+
+
 def test_the_default_is_a_comparison_with_a_table(run, capsys):
     result = run()
     methods = ["unimodal-gray", "unimodal-color", "joint", "random", "guided"]
@@ -1078,6 +1089,7 @@ def test_bad_flags_are_refused_by_name(run, capsys, argv, sentence):
         ),
         (["--duplicate", "gray", "--biased", "gray"], "leave out --biased"),
         (["--experiment", "sweep", "--lr", "0.1"], "leave out --lr"),
+        (["--experiment", "l1", "--l1", "0.1"], "leave out --l1"),
         (["--audio-snr", "3"], "digits has no dial --audio-snr"),
         (["--method", "guided", "--eval-only"], "holds no run; train it first"),
         (["--method", "rubi", "--eval-only"], "holds no run; train it first"),
@@ -1089,6 +1101,28 @@ def test_bad_requests_are_one_sentence(run, argv, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)) as error:
         run(*argv)
     assert "\n" not in str(error.value)
+
+
+def write_features(path, modalities, samples=41):
+    """A .npz file of random vectors; one sample is left over after batches of 20."""
+    arrays = {f"{part}_labels": np.arange(samples) % 3 for part in ("train", "val", "test")}
+    for part in ("train", "val", "test"):
+        arrays |= {f"{part}_{m}": np.random.rand(samples, 4) for m in modalities}
+    np.savez(path, **arrays)
+    return ["--dataset", "features", "--data-root", str(path), "--train-samples", str(samples)]
+
+
+def test_one_modality_has_nothing_to_balance(run, tmp_path):
+    flags = write_features(tmp_path / "one.npz", ["a"])
+    for method in (*greedy.METHODS, None):
+        with pytest.raises(UserError, match=r"one modality, .*; use --method unimodal-a"):
+            run(*flags, *(["--method", method] if method else []))
+    assert run(*flags, "--method", "unimodal-a")["test"]["a"].keys() == {"alone", "probe"}
+
+
+def test_a_last_batch_of_one_vector(run, tmp_path):
+    result = run(*write_features(tmp_path / "two.npz", ["a", "b"]), "--method", "guided")
+    assert math.isfinite(result["d_speed"])
 
 
 @pytest.mark.parametrize("method", ["joint", "random", "guided", "rubi", "unimodal-gray"])

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
 from torch.nn.utils import get_total_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import greedy_balance as greedy
 from common.datasets import TensorSplit
@@ -526,6 +527,36 @@ def train_by_script(
     )
     assert entry["steps"]["curated"] == list(plan)
     return model, balance, watch
+
+
+class Waits(TorchDispatchMode):
+    """Counts the reads of a single number off the device: `.item()`, `float(x)`, `if x`."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_regular_step_waits_for_the_device_once_and_others_never(monkeypatch):
+    model, config = small_net(PAIR), config_of(gate_mean="after")
+    balance = greedy.Balance(model, config)
+    policy = greedy.Guided(list(PAIR), tolerance=0.0, window=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x.shape) or tolist(x))
+    batches = draw_batches([8] * 7, PAIR)
+    with Waits() as waits:
+        entry = greedy.train_epoch(
+            model, balance, policy, None, optimizer, batches, config, warm_up=False
+        )
+    curated = entry["steps"]["curated"]
+    assert [m is None for m in curated] == [True, False, False] * 2 + [True]
+    assert waits.count == 0
+    assert len(reads) == 3 + 2  # the decisions of three regular steps, and two reads at the end
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])

@@ -791,7 +791,8 @@ def test_bad_flags_are_refused_by_name(run, capsys, argv, sentence):
         (["--fusion", "mlp", "--method", "ogm-ge"], "use --fusion concat."),
         (["--fusion", "attention", "--method", "ogm-ge"], "use --fusion concat."),
         (["--train-samples", "1", "--method", "g-blending"], "holds out a part"),
-        (["--method", "umt", "--lr", "1e9"], "Try a lower --lr."),
+        (["--method", "umt", "--lr", "1e9"], "Try a lower --lr or --distill-weight."),
+        (["--method", "joint", "--lr", "1e9"], "Try a lower --lr."),
     ],
 )
 def test_bad_requests_are_one_sentence(run, argv, sentence):
@@ -818,6 +819,35 @@ def test_a_damaged_teacher_is_named(run, tmp_path):
     for method in ("umt", "ume"):
         with pytest.raises(UserError, match=r"unimodal-second.*last\.pt is missing, damaged"):
             run("--method", method, "--resume")
+
+
+def test_trial_runs_of_g_blending_follow_the_schedule(run, monkeypatch):
+    rates, set_lr = [], umt.set_lr
+    monkeypatch.setattr(umt, "set_lr", lambda o, lr: rates.append(lr) or set_lr(o, lr))
+    run("--method", "g-blending", "--epochs", "3", "--lr", "0.01", "--schedule", "cosine")
+    assert rates == pytest.approx([0.01, 0.0055, 0.001] * 4)  # three trial runs, then training
+
+
+def test_of_one_modality_the_head_is_a_linear_classifier():
+    for fusion in LATE_FUSIONS:
+        args, _ = umt.parse_args([*TINY, "--fusion", fusion])
+        study = umt.Study(args, {})
+        model = umt.build_model(study.config("unimodal-first", 0), study.splits)
+        weight, bias = model.fusion.parameters()
+        assert (weight.shape, bias.shape) == ((10, 64), (10,))
+        z = torch.randn(5, 64)
+        torch.testing.assert_close(model.fusion({"first": z}), z @ weight.T + bias)
+
+
+def test_a_damaged_teacher_does_not_cost_the_student(run, tmp_path):
+    run("--method", "umt")
+    (folder_of(tmp_path, "unimodal-second") / "last.pt").write_bytes(b"half")
+    student = snapshot(folder_of(tmp_path, "umt"))
+    with pytest.raises(UserError, match="again by --method unimodal-second --overwrite"):
+        run("--method", "umt", "--overwrite")
+    assert snapshot(folder_of(tmp_path, "umt")) == student
+    run("--method", "unimodal-second", "--overwrite")
+    run("--method", "umt", "--overwrite")
 
 
 def test_damaged_predictions_are_named(run, tmp_path):

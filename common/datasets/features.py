@@ -16,7 +16,8 @@ from ..errors import UserError
 from ..seeding import make_generator
 from .base import Splits, TensorSplit
 
-RESERVED = ("accuracy", "index", "label", "logits", "loss", "macro_f1", "slices", "training")
+RESERVED = ("accuracy", "d_util", "index", "label", "logits", "loss", "macro_f1", "slices")
+RESERVED += ("training",)
 
 
 def identify(path):
@@ -41,7 +42,8 @@ def load(root, data_seed):
     if not modalities:
         raise UserError(f"{root} holds no array train_<modality>.")
     for m in modalities:
-        if not m.isidentifier() or m in RESERVED or hasattr(nn.ModuleDict, m):
+        taken = m in RESERVED or m.startswith("_") or hasattr(nn.ModuleDict, m)
+        if taken or not m.isidentifier():
             raise UserError(f"{m!r} in {root} cannot be a modality's name; call it something else.")
     known = {f"{part}_{m}" for part in ("train", "val", "test") for m in (*modalities, "labels")}
     for name in arrays:
