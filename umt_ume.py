@@ -470,6 +470,7 @@ RECIPES = {
     "features": COMMON,
     **dict.fromkeys(("crema-d", "ave", "vggsound", "modelnet40"), LARGE),
 }
+WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the distillation, to choose from
 ASSEMBLED = ("ume", "ume-logits", "linear")
 METHODS = (*ASSEMBLED, "joint", "umt")
 # In the configuration Q; without paired features first.
@@ -492,7 +493,7 @@ def parse_args(argv=None):
         method_help=f"{', '.join((*METHODS, *RIVALS))}, unimodal-<modality>, auto (validation "
         "chooses between umt and ume); default: a comparison and the choice, on large data auto",
         fusions=list(LATE_FUSIONS),
-        experiments=["methods", "dial"],
+        experiments=["methods", "dial", "weights"],
     )
     parser.set_defaults(dataset="synthetic")
     add = parser.add_argument_group("UMT").add_argument
@@ -516,6 +517,7 @@ def choose_methods(args, modalities):
 def columns_of(splits):
     """Columns of the tables: title -> where the number stands in a summary."""
     columns = {"test": "test.accuracy", "macro-F1": "test.macro_f1", "best": "best.test.accuracy"}
+    columns |= {"val": "val.accuracy"}
     columns |= {f"{m} probe": f"test.{m}.probe" for m in splits.modalities}
     return columns | {name: f"test.slices.{name}" for name in splits.test.slices}
 
@@ -556,20 +558,36 @@ def report(decision, args, defaults):
     write_json(folder / "decision.json", record)
 
 
-def experiment(args, defaults, argv):
-    """`methods`: all of them and the choice, on `synthetic` in every configuration. `dial`:
-    accuracy as the share of samples with only paired features grows.
+def plan_experiment(args):
+    """Methods, grid, columns and figure. `methods`: all of them and the choice, on `synthetic` in
+    every configuration. `dial`: accuracy as the share of samples with only paired features grows.
+    `weights`: validation accuracy of UMT by its weight, which `RECIPES` is chosen by.
     """
-    methods, grid = ["ume", "joint", "aux-ce", "umt"], DIAL
+    own = args.dataset == "synthetic"
+    configurations = [{"configuration": name} for name in CONFIGURATIONS] if own else [{}]
+    if args.experiment == "weights":
+        grid = [{**c, "distill_weight": weight} for c in configurations for weight in WEIGHTS]
+        return ["umt"], grid, ["val"], draw_weights
     if args.experiment == "methods":
         modalities = load_splits(args, torch.device("cpu")).modalities
         ogm = args.fusion == "concat" and len(modalities) > 1  # see check_rivals
         rivals = [m for m in RIVALS if m != "ogm-ge" or ogm]
         methods = [*(f"unimodal-{m}" for m in modalities), *METHODS, *rivals, "auto"]
-        own = args.dataset == "synthetic"
-        grid = [{"configuration": name} for name in CONFIGURATIONS] if own else [{}]
-    elif args.dataset != "synthetic":
+        return methods, configurations, None, None
+    if not own:
         raise UserError("--experiment dial turns dials of synthetic; leave out --dataset.")
+    return ["ume", "joint", "aux-ce", "umt"], DIAL, ["test"], trends(["pair_only"])
+
+
+def draw_weights(title, rows, runs):
+    """Validation accuracy by weight, a line for each configuration."""
+    lines = [{**row, "method": row.get("configuration", row["method"])} for row in rows]
+    return trends(["distill_weight"])(title, lines, runs)
+
+
+def experiment(args, defaults, argv):
+    """Run a grid and write its table and figure, and what `auto` decided in each of its parts."""
+    methods, grid, columns, figure = plan_experiment(args)
     turned = [knob for knob in grid[-1] if getattr(args, knob) != defaults[knob]]
     if turned:
         flag = turned[0].replace("_", "-")
@@ -596,9 +614,9 @@ def experiment(args, defaults, argv):
         arguments,
         folder,
         title,
-        columns=["test"] if args.experiment == "dial" else None,
+        columns=columns,
         pairs=[(m, "joint") for m in ("umt", *RIVALS) if m in methods],
-        figure=trends(["pair_only"]) if args.experiment == "dial" else None,
+        figure=figure,
     )
     if "auto" in methods:
         rows = [judge(*part, result["runs"]) for part in zip(grid, decisions, strict=True)]

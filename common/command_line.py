@@ -237,6 +237,13 @@ def run_command(main):
         sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        sys.exit(
+            "error: BatchNorm cannot learn from a training batch of one sample at this size; "
+            "choose another --batch-size, so that no single sample is left over, or larger images."
+        )
     except OSError as error:  # a closed pipe or a full disk behind stdout; nothing more goes there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"error: {error}")

@@ -1,6 +1,6 @@
 """A grid of runs -> table, JSON and figure; and the tables that README.md and docs/ show.
 
-    python -m common.experiments README.md docs/*.md
+    python -m common.experiments README.md data/README.md docs/*.md
 
 renews every table that stands between `<!-- table FILE PART -->` and `<!-- end -->` from the JSON
 in results/.

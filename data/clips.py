@@ -237,9 +237,10 @@ class Folder:
         failed, pool = [], ThreadPoolExecutor(workers)
         bar = tqdm(total=len(rows), unit="clip", disable=None)
         try:
-            kept = pool.map(self.keeps, rows)
-            new = [row for row, keep in zip(rows, kept, strict=True) if not keep]
-            bar.update(len(rows) - len(new))
+            new = []
+            for row, keep in zip(rows, pool.map(self.keeps, rows), strict=True):
+                bar.update(keep)
+                new += [] if keep else [row]
             self.forget(new)
             sample = new[:: max(1, len(new) // SAMPLE_CLIPS)][:SAMPLE_CLIPS]
             sampled = {row.id for row in sample}
@@ -457,7 +458,7 @@ def add_parsers(datasets) -> None:
         "modelnet40": "12 shaded views of each object: class/{train,test}/*.png",
     }
     for name, dataset in DATASETS.items():
-        parser = datasets.add_parser(name, help=helps[name])
+        parser = datasets.add_parser(name, help=helps[name], allow_abbrev=False)
         add = parser.add_argument
         task = parser.add_mutually_exclusive_group(required=True)
         task.add_argument("--source", type=Path, metavar="DIR", help="the dataset's own files")
@@ -490,7 +491,8 @@ def add_parsers(datasets) -> None:
             add("--validation", type=share, default=dataset.val, metavar="X", help=val)
         if dataset.sound:
             fps = number(float, 0.01, 100)
-            add("--fps", type=fps, default=1.0, metavar="X", help="frames a second (%(default)s)")
+            rate = "frames a second (%(default)s)"
+            add("--fps", type=fps, default=dataset.fps, metavar="X", help=rate)
         short, side = dataset.short, number(int, 16, 4096)
         help_text = "short side of the frames in pixels (default: %(default)s)"
         add("--short-side", type=side, default=short, metavar="N", help=help_text)

@@ -149,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     parser = argparse.ArgumentParser(description="Prepare a dataset and check that it is complete.")
     datasets = parser.add_subparsers(metavar="DATASET", required=True)
-    fsdd = datasets.add_parser("fsdd", help="Free Spoken Digit Dataset, for --dataset av-digits")
+    fsdd_help = "Free Spoken Digit Dataset, for --dataset av-digits"
+    fsdd = datasets.add_parser("fsdd", help=fsdd_help, allow_abbrev=False)
     out_help = "a folder called fsdd, the recordings go into it (default: %(default)s)"
     fsdd.add_argument("--out", type=Path, default=FSDD_OUT, metavar="DIR", help=out_help)
     origin = fsdd.add_mutually_exclusive_group()

@@ -97,7 +97,7 @@ def read_crema_d(source: Path, lists: Path | None) -> Listing:
 def read_ave(source: Path, lists: Path | None) -> Listing:
     """<video>.mp4 anywhere below, cut to the seconds in which the event is seen and heard."""
     form = "Category&VideoID&quality&start&end"
-    files = index_files(source, "mp4")
+    files = index_files(source)
     if lists:
         paths = {lists / f"{split}Set.txt": split for split in SPLITS}
     else:
@@ -112,7 +112,8 @@ def read_ave(source: Path, lists: Path | None) -> Listing:
             except ValueError:
                 raise PrepareError(f"{path}, line {number}: not of the form {form}") from None
             segment = (start, end) if end > start else None
-            row = Row(video, video, label, [find(files, source, video)], split, segment)
+            path_of_clip = find(files, source, video, notes)
+            row = Row(video, video, label, [path_of_clip], split, segment)
             if segment is None:
                 problem = f"empty segment: from {start:g} to {end:g} s, so all of it is used"
                 notes.append((video, problem))
@@ -125,14 +126,14 @@ def read_ave(source: Path, lists: Path | None) -> Listing:
 def read_vggsound(source: Path, lists: Path | None) -> Listing:
     """<video>_<start, 6 digits>.mp4 anywhere below, 10 s each; vggsound.csv has the splits."""
     form = "video,start,label,split with split train or test"
-    path, files, rows = source / "vggsound.csv", index_files(source, "mp4"), []
+    path, files, rows, notes = source / "vggsound.csv", index_files(source), [], []
     for number, (video, start, label, split) in enumerate(read_lines(path, 4, form, ","), 1):
         if not start.isdecimal() or split not in SPLITS:
             raise PrepareError(f"{path}, line {number}: not of the form {form}")
         key = f"{video}_{int(start):06d}"
-        rows.append(Row(key, video, label, [find(files, source, key)], split))
+        rows.append(Row(key, video, label, [find(files, source, key, notes)], split))
     ordered = sorted(rows, key=lambda row: row.split != "train")
-    return Listing(rows, list(dict.fromkeys(row.label for row in ordered)))
+    return Listing(rows, list(dict.fromkeys(row.label for row in ordered)), notes)
 
 
 def read_modelnet40(source: Path, lists: Path | None) -> Listing:
@@ -162,16 +163,26 @@ def read_modelnet40(source: Path, lists: Path | None) -> Listing:
     return listing
 
 
-def index_files(source: Path, extension: str) -> dict[str, Path]:
-    """Every file of that extension below `source`, by its name without the extension."""
+def index_files(source: Path) -> dict[str, list[Path]]:
+    """The paths of every mp4 file below `source`, by its name without the extension."""
     if not source.is_dir():
         raise PrepareError(f"no folder {source}: give --source the folder with the dataset")
-    return {path.stem: path for path in sorted(source.rglob(f"*.{extension}"), reverse=True)}
+    files = defaultdict(list)
+    for path in sorted(source.rglob("*.mp4")):
+        files[path.stem].append(path)
+    return files
 
 
-def find(files: dict[str, Path], source: Path, name: str) -> Path:
-    """The file of that name, or where it would be expected: its absence is reported later."""
-    return files.get(name, source / f"{name}.mp4")
+def find(files: dict[str, list[Path]], source: Path, name: str, notes: list) -> Path:
+    """The file of that name, or where it would be expected: its absence is reported later.
+
+    Of several the first one, with a note.
+    """
+    paths = files.get(name, [source / f"{name}.mp4"])
+    note = (name, f"duplicate: {len(paths)} files of that name, {paths[0]} is used")
+    if len(paths) > 1 and note not in notes:
+        notes.append(note)
+    return paths[0]
 
 
 @dataclass(frozen=True)
@@ -180,6 +191,7 @@ class Dataset:
 
     test, val: the share of all and the share of the rest that a drawn split gets.
     short:     the default short side in pixels; sound: whether it has any.
+    fps:       the default frames a second: ten of a typical clip, from which training draws.
     """
 
     read: Callable[[Path, Path | None], Listing]
@@ -187,10 +199,11 @@ class Dataset:
     short: int = 256
     test: float = 0.0
     val: float = 0.1
+    fps: float = 1.0
 
 
 DATASETS = {
-    "crema-d": Dataset(read_crema_d, test=744 / 7442),
+    "crema-d": Dataset(read_crema_d, test=744 / 7442, fps=4.0),  # clips of about 2.5 s
     "ave": Dataset(read_ave, test=402 / 4143, val=402 / 3741),
     "vggsound": Dataset(read_vggsound),
     "modelnet40": Dataset(read_modelnet40, sound=False, short=224, val=0.2),

@@ -14,6 +14,8 @@ Both have the same number of workers; ours ends with floats of the whole batch o
     first epoch of (b) / an epoch of the usual way.
 (d) Private memory of a process after as many batches from four times as many clips, less that
     from the fewer: what grows with the clips beside the files that are mapped.
+(e) With a GPU: the share of an epoch of ResNet-18 training, from the cache, that is spent waiting
+    for data: 1 - time of as many steps on one batch that stays on the GPU / time of the epoch.
 
 An epoch is timed in wall time from its start with idle workers to its last batch. (a) and (b) are
 medians of interleaved pairs.
@@ -38,8 +40,11 @@ from bench_pmr import ROWS, interleave, ratios, report
 from PIL import Image
 
 from common.datasets import load_dataset
+from common.encoders import build_encoder
+from common.fusion import Concat
 from common.seeding import make_generator
-from common.training import write_json
+from common.training import build_optimizer, write_json
+from umt_ume import LateFusion
 
 BATCH = 64
 FEW, MANY = 256, 1024  # clips of (d)
@@ -59,11 +64,15 @@ def write_both(root, clips):
     return usual
 
 
-def our_epochs(root, workers, frame_cache, size=224):
-    """A function that runs through an epoch of training batches."""
+def our_splits(root, workers, frame_cache, size=224, device="cpu"):
     dials = {"spectrogram": "ogm-ge", "num_frames": 3, "frame_cache": frame_cache}
     dials["image_size"] = size
-    splits = load_dataset("crema-d", root / "ours", num_workers=workers, **dials)
+    return load_dataset("crema-d", root / "ours", device=device, num_workers=workers, **dials)
+
+
+def our_epochs(root, workers, frame_cache, size=224):
+    """A function that runs through an epoch of training batches."""
+    splits = our_splits(root, workers, frame_cache, size)
     generator = make_generator("benchmark")
 
     def epoch():
@@ -89,6 +98,34 @@ def seconds(epoch):
     start = time.perf_counter()
     epoch()
     return time.perf_counter() - start
+
+
+def waiting_share(root, workers, device, epochs=5):
+    """(e), in percent, of each of `epochs` epochs after a first one."""
+    splits = our_splits(root, workers, frame_cache=1, device=device)
+    encoders = {m: build_encoder("crema-d", shape) for m, shape in splits.shapes.items()}
+    head = Concat(dict.fromkeys(encoders, 512), splits.num_classes)
+    model = LateFusion(encoders, head).to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer("sgd", model.parameters(), 1e-3, 1e-4)
+    generator = make_generator("benchmark")
+
+    def train(batches):
+        start = time.perf_counter()
+        for inputs, labels, _ in batches:
+            logits, _ = model(inputs)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits, labels).backward()
+            optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    shares = []
+    kept = list(splits.train.batches(BATCH, generator, augment=True))
+    for _ in range(1 + epochs):
+        loaded = train(splits.train.batches(BATCH, generator, augment=True))
+        shares.append(100 * (1 - train(kept) / loaded))
+    return shares[1:]
 
 
 PRIVATE_MEMORY = """
@@ -144,6 +181,9 @@ def main():
             for side, column in zip(("usual way", "ours"), zip(*times, strict=True), strict=True):
                 report(f"    {side}", [options.clips / s for s in column], unit=" /s")
         report("(c) first epoch / epoch of the usual way", [first])
+        if torch.cuda.is_available():
+            shares = waiting_share(Path(root), options.workers, "cuda")
+            report("(e) GPU: waiting for data", shares, ("<=", 5), " %")
     growth = private_memory(MANY) - private_memory(FEW)
     report(f"(d) {MANY} clips less {FEW}", [growth], ("<=", 5), " MB")
     if options.json:

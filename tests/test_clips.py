@@ -22,7 +22,7 @@ import greedy_balance
 import mhm
 import pmr
 import umt_ume
-from common.command_line import DIALS
+from common.command_line import DIALS, run_command
 from common.datasets import DATASETS, clips, load_dataset
 from common.datasets.clips import SPECTROGRAMS
 from common.datasets.files import MEAN, STD, DiskRows, center_box, crop_box, cut, read_image, resize
@@ -374,8 +374,19 @@ def test_the_tree_of_ogm_ge_and_pmr(tmp_path):
     assert [clips.EMOTIONS[label] for label in splits.train.labels] == [n[-6:-3] for n in names]
     (_, labels, _), *_ = splits.train.batches(8, make_generator(0), augment=True)
     assert labels.shape == (8,)
+    assert sorted(splits.val.labels.tolist()) == [0, 1]  # a tenth of every class
     other = load_dataset("crema-d", tmp_path, data_seed=1, **SMALL)
     assert set(other.val.tensors["row"].tolist()) != set(splits.val.tensors["row"].tolist())
+
+
+def test_changed_recordings_of_the_community_are_read_anew(tmp_path):
+    folder = write_community(tmp_path)
+    (before, *_), *_ = load_dataset("crema-d", tmp_path, **SMALL).test.batches(4)
+    for path in folder.glob("AudioWAV/test*.wav"):
+        write_wav(path, 0.1 * np.ones(8000))
+    (after, *_), *_ = load_dataset("crema-d", tmp_path, **SMALL).test.batches(4)
+    assert torch.equal(before["visual"], after["visual"])
+    assert not torch.isclose(before["audio"], after["audio"]).all(dim=(1, 2, 3)).any()
 
 
 def test_the_real_lists_of_crema_d(tmp_path, data_root):
@@ -448,6 +459,23 @@ def test_an_unreadable_clip_is_named(copied, num_workers, pattern, damage, messa
         with pytest.raises(UserError, match=message) as caught:
             inputs_of(split, 3, make_generator(0), augment=True)
         assert "\n" not in str(caught.value)
+
+
+def test_a_killed_process_is_one_sentence(prepared):
+    splits = load_dataset("crema-d", prepared, num_workers=1, **SMALL)
+    for _ in range(2):  # the second time with new processes
+        batches = splits.train.batches(1, make_generator(0), augment=True)
+        next(batches)
+        (worker,) = splits.loader.shared._iterator._workers
+        worker.kill()
+        with pytest.raises(UserError, match=r"has ended .*choose fewer --num-workers"):
+            list(batches)
+
+
+def test_a_batch_of_one_too_small_for_batchnorm_is_one_sentence(run, prepared):
+    flags = ["--num-workers", "0", "--method", "joint", "--batch-size", "7"]  # 8 clips: 7 and 1
+    with pytest.raises(SystemExit, match=r"of one sample .* choose another --batch-size"):
+        run_command(lambda: run(pmr, "modelnet40", *flags))
 
 
 def change_manifest(**changes):

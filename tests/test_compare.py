@@ -41,6 +41,7 @@ RUNS = [
         made("unimodal-b", seed, 40.0, {"b": 100}, "mmtm", fusion=None),
         made("joint", seed, 50.0, {"a": 40, "b": 90}, "mmtm", "mmtm", cpu=20.0),
         made("guided", seed, 53 - shift, {"a": 50, "b": 50}, "mmtm", "mmtm", cpu=30.0),
+        made("joint", seed, 45.0, {"a": 80, "b": 50}, "modular"),
         made("mhm", seed, 50.0, {"a": 40, "b": 50}, "modular"),
     )
 ]
@@ -48,7 +49,7 @@ RUNS = [
 
 def test_table_of_hand_made_runs():
     rows = {(row["network"], row["method"]): row for row in compare.tabulate(RUNS)}
-    assert len(rows) == 10
+    assert len(rows) == 11
     joint, umt, ume = rows["late", "joint"], rows["late", "umt"], rows["late", "ume"]
     assert joint["test"] == {"mean": 71.0, "standard_error": pytest.approx(1.0), "n": 2}
     assert joint["- joint"] is None and rows["late", "unimodal-a"]["- joint"] is None
@@ -234,7 +235,7 @@ def test_joined_tables(tmp_path, capsys):
     assert (folder / "compare.md").read_text() == format_markdown(record["rows"]) + "\n"
     assert [row["method"] for row in record["rows"]][:2] == ["modality 1 alone", "modality 2 alone"]
     rows = {(row["network"], row["method"]): row for row in record["rows"]}
-    assert len(rows) == 10
+    assert len(rows) == 11
     ume, umt = rows["late", "ume"], rows["late", "umt"]
     assert ume["one test"] == ume["two test"] and ume["two test"]["mean"] == 75
     assert (umt["one - joint"], umt["two - joint"], umt["two test"]) == ("+5.0 ± 1.0", None, None)

@@ -87,12 +87,12 @@ def test_renew_tables_fills_the_markers(tmp_path, monkeypatch):
     assert experiments.renew_tables(renewed) == renewed
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_tables_on_the_pages_are_those_of_results(page):
-    """If this fails: python -m common.experiments README.md docs/*.md"""
+    """If this fails: python -m common.experiments README.md data/README.md docs/*.md"""
     text = page.read_text()
     assert experiments.renew_tables(text) == text
     assert text.count("<!-- table ") == len(experiments.MARKERS.findall(text))

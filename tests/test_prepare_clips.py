@@ -1,6 +1,7 @@
 """data/prepare.py for clips and views: the public lists, fake trees end to end, every bad input."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -221,7 +222,8 @@ def test_fake_end_to_end(name, fakes, capsys):
     rule = "stratified" if name in ("crema-d", "ave") else "source"
     assert manifest["options"]["split"] == rule
     assert (manifest["dataset"], manifest["format"], manifest["fake"]) == (name, 1, True)
-    assert manifest["options"]["fps"] == (None if views else 1.0)
+    rates = {"crema-d": 4.0, "ave": 1.0, "vggsound": 1.0, "modelnet40": None}
+    assert manifest["options"]["fps"] == rates[name]
     assert manifest["options"]["sample_rate"] == (None if views else 16000)
     assert manifest["options"]["short_side"] == 64
     assert len(manifest["classes"]) == CLASSES[name]
@@ -235,7 +237,7 @@ def test_fake_end_to_end(name, fakes, capsys):
     for row in rows:
         frames = sorted(path.name for path in (out / "frames" / row["id"]).iterdir())
         assert frames == [f"{n:04d}.jpg" for n in range(1, int(row["frames"]) + 1)]
-        assert len(frames) == (12 if views else 2)
+        assert len(frames) == {"crema-d": 8, "modelnet40": 12}.get(name, 2)
         if views:
             assert row["seconds"] == "" and not (out / "audio").exists()
         else:
@@ -246,6 +248,32 @@ def test_fake_end_to_end(name, fakes, capsys):
             assert abs(float(row["seconds"]) - 2) < 0.2
     assert run(name, "--check", "--out", out) == 0
     assert "all 24 clips" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("script", "method"),
+    [("pmr", "pmr"), ("greedy_balance", "guided"), ("umt_ume", "umt"), ("mhm", "mhm")],
+)
+def test_every_script_trains_on_every_fake(script, method, name, fakes, tmp_path):
+    flags = ["--dataset", name, "--data-root", str(fakes), "--out", str(tmp_path / "runs")]
+    flags += ["--epochs", "1", "--batch-size", "8", "--image-size", "64", "--lr", "1e-4"]
+    flags += ["--num-workers", "0", "--device", "cpu", "--method", method, "--train-samples", "16"]
+    summary = importlib.import_module(script).main(flags)
+    assert summary["method"] == method and 0 <= summary["test"]["accuracy"] <= 100
+    assert list(tmp_path.glob(f"runs/{script}/{name}/{method}-*/last.pt"))
+
+
+@ffmpeg
+def test_two_files_of_one_clip_are_reported(fakes, tmp_path, capsys):
+    source = shutil.copytree(fakes / "vggsound" / "source", tmp_path / "source")
+    clip = sorted(source.rglob("*.mp4"))[0]
+    (source / "aaa").mkdir()
+    shutil.copy(clip, source / "aaa")
+    assert run("vggsound", "--source", source, "--out", tmp_path / "out", "--short-side", 64) == 0
+    found = (tmp_path / "out" / "problems.csv").read_text()
+    assert f"duplicate: 2 files of that name, {source / 'aaa' / clip.name} is used" in found
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -662,6 +662,33 @@ def test_predictions_and_summary_agree(run, tmp_path):
 # ---- The experiment ----
 
 
+@pytest.mark.slow
+def test_weights_are_compared_on_validation(run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        experiments, "draw_trends", lambda *a: drawn.append(figures.draw_trends(*a)) or drawn[0]
+    )
+    monkeypatch.setattr(umt, "WEIGHTS", (0.0, 3.0))
+    monkeypatch.setattr(umt, "CONFIGURATIONS", ("O", "Q"))
+    result = run("--experiment", "weights", "--seeds", "0", "1")
+    (path,) = tmp_path.glob("umt_ume/synthetic/weights-*/table.json")
+    rows = json.loads(path.read_text())["rows"]
+    keys = [(row["configuration"], row["distill_weight"]) for row in rows]
+    assert keys == [("O", 0.0), ("O", 3.0), ("Q", 0.0), ("Q", 3.0)]
+    for row, key in zip(rows, keys, strict=True):
+        own = [r for r in result["runs"] if (r["configuration"], r["distill_weight"]) == key]
+        found = [r["val"]["accuracy"] for r in own]
+        assert len(found) == row["val"]["n"] == 2 and "test" not in row
+        assert row["val"]["mean"] == pytest.approx(statistics.fmean(found))
+    lines = {line.get_label(): line for line in drawn[0].axes[0].containers}
+    for name, line in lines.items():
+        means = [row["val"]["mean"] for row in rows if row["configuration"] == name]
+        assert list(line.lines[0].get_ydata()) == means
+    assert set(lines) == {"O", "Q"}
+    with pytest.raises(UserError, match="sets --distill-weight itself"):
+        run("--experiment", "weights", "--distill-weight", "2")
+
+
 def test_dial_grows_the_share_of_paired_samples(run, tmp_path):
     result = run("--experiment", "dial", "--seeds", "0", "1")
     (folder,) = (tmp_path / "umt_ume" / "synthetic").glob("dial*")

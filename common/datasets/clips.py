@@ -6,6 +6,7 @@ PMR's code have: train.csv, test.csv, Image-01-FPS/<clip>/*.jpg and AudioWAV/<cl
 
 import csv
 import math
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def render(batch):
 
 
 def read_community(folder, data_seed):
-    """The listing of CREMA-D's tree; it has no validation split: a tenth of its training clips."""
+    """The listing of CREMA-D's tree; it has no validation split: a tenth of its training clips of
+    every class."""
     rows = []
     for name in ("train", "test"):
         path = folder / f"{name}.csv"
@@ -136,10 +138,24 @@ def read_community(folder, data_seed):
     train, test = (
         np.flatnonzero([part == name for _, _, part in rows]) for name in ("train", "test")
     )
-    order = torch.randperm(len(train), generator=make_generator(data_seed, "split")).numpy()
-    val, train = np.split(train[order], [max(1, len(train) // 10)])
-    splits = {"train": train, "val": val, "test": test}
-    return make_listing(folder, "Image-01-FPS", "AudioWAV", EMOTIONS, ids, labels, counts, splits)
+    generator, val = make_generator(data_seed, "split"), []
+    for label in range(len(EMOTIONS)):
+        own = train[np.array(labels)[train] == label]
+        order = torch.randperm(len(own), generator=generator).numpy()
+        val += own[order[: max(1, round(len(own) / 10)) if len(own) > 1 else 0]].tolist()
+    splits = {"train": np.setdiff1d(train, val), "val": np.array(sorted(val)), "test": test}
+    folders = "Image-01-FPS", "AudioWAV"
+    listing = make_listing(folder, *folders, EMOTIONS, ids, labels, counts, splits)
+    return listing._replace(version=tuple(describe_files(folder, ids)))
+
+
+def describe_files(folder, ids):
+    """Size and time of change of every recording, time of change of every folder of frames."""
+    for clip in ids:
+        recording, frames = folder / "AudioWAV" / f"{clip}.wav", folder / "Image-01-FPS" / clip
+        with suppress(OSError):  # one that is not there is named when it is read
+            found = recording.stat()
+            yield from (found.st_size, found.st_mtime_ns, frames.stat().st_mtime_ns)
 
 
 def load(name, root, data_seed, num_frames, spectrogram, frame_cache, image_size):

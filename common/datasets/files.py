@@ -34,7 +34,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in RGB
 class Listing(NamedTuple):
     """The samples of a dataset: all that grows with their number.
 
-    ids: (N,) strings; labels: (N,) int64; counts: (N,) frames of each; splits: name -> rows (n,).
+    ids: (N,) strings; labels: (N,) int64; counts: (N,) frames of each; splits: name -> rows (n,);
+    version: changes with the files, where data/prepare.py does not look after the cache.
     """
 
     folder: Path
@@ -45,11 +46,12 @@ class Listing(NamedTuple):
     labels: torch.Tensor
     counts: np.ndarray
     splits: dict
+    version: tuple = ()
 
     @property
     def digest(self):
         """Changes with the samples: part of the names of what is kept of them on disk."""
-        return f"{derive_seed(*self.ids, *self.counts):016x}"
+        return f"{derive_seed(*self.ids, *self.counts, *self.version):016x}"
 
 
 def identify(name, root):
@@ -375,6 +377,12 @@ class Loader:
         self.current.requests, self.busy = requests, True
         try:
             yield from self.shared
+        except RuntimeError as error:  # torch's word for a process that was killed
+            self.shared = None
+            raise UserError(
+                f"A process that reads the files has ended ({error}); if memory is short, choose "
+                "fewer --num-workers."
+            ) from error
         finally:
             self.busy = False
 
