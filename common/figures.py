@@ -117,7 +117,7 @@ def draw_scatter(title, rows, x, y):
     handles = [
         Line2D([], [], marker="o", linestyle="", color=f"C{i}") for i in range(len(networks))
     ]
-    axis.legend(handles, networks, title="network")
+    figure.legend(handles, networks, title="network", loc="outside right upper")
     axis.set(xlabel=f"{x} (%)", ylabel=f"{y} accuracy (%)", title=title)
     axis.grid(alpha=0.3)
     return figure

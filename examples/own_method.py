@@ -22,7 +22,7 @@ class HalfSpeed(Rival):
             p.grad.mul_(0.5)
 
 
-RIVALS["half-speed"] = HalfSpeed  # now a --method of pmr.py and umt_ume.py, too
+RIVALS["half-speed"] = HalfSpeed  # a line in common/rebalance.py makes it one of all the scripts
 
 if __name__ == "__main__":
     run_command(compare.main)

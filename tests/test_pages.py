@@ -63,9 +63,10 @@ SCRIPTS = {
         for case in commands(name)
     ],
 )
-def test_commands_run(name, words, tmp_path, require, data_root, features_file):
+def test_commands_run(name, words, tmp_path, require, data_root, features_file, monkeypatch):
     """On a tiny part of the data, on the CPU; --help and --eval-only need no more than parsing."""
     script = SCRIPTS[name]
+    monkeypatch.setattr(umt_ume, "WEIGHTS", (1.0,))
     if "--help" in words:
         with pytest.raises(SystemExit) as exit_info:
             script.main(words)
