@@ -269,12 +269,11 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, 0.1, momentum=0.9)
 
 
-def batches_of(rival, log):
-    """`batches` as a training loop gives it to a rival, the rate falling from epoch to epoch; `log`
-    gets (phase, epoch, index)."""
+def batches_of(rival, log, rate=lambda epoch: 0.1):
+    """`batches` as a training loop gives it to a rival; `log` gets (phase, epoch, index)."""
 
     def batches(phase, epoch, optimizer):
-        optimizer.param_groups[0]["lr"] = 0.1 / (1 + epoch)
+        optimizer.param_groups[0]["lr"] = rate(epoch)
         generator = torch.Generator().manual_seed(epoch)
         for inputs, labels, index in rival.data.batches(8, generator):
             log.append((phase, epoch, index.tolist()))
@@ -367,7 +366,8 @@ def test_blend_weights_equal_a_slow_estimate(batch_norm):
         for epoch in range(3)
     ]
     expected = slow_blend(model, rival.heads, data, rival.held_out.index, epochs)
-    rival.start_epoch(0, 3, model, nn.Module.__call__, sgd, batches_of(rival, []))
+    batches = batches_of(rival, [], rate=lambda epoch: 0.1 / (1 + epoch))
+    rival.start_epoch(0, 3, model, nn.Module.__call__, sgd, batches)
     assert rival.weights.tolist() == pytest.approx(expected, rel=1e-3)
     assert max(expected) < 0.99 and min(expected) > 0  # a case that tells something
 

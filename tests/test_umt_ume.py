@@ -818,7 +818,7 @@ def test_bad_flags_are_refused_by_name(run, capsys, argv, sentence):
         (["--fusion", "mlp", "--method", "ogm-ge"], "use --fusion concat."),
         (["--fusion", "attention", "--method", "ogm-ge"], "use --fusion concat."),
         (["--train-samples", "1", "--method", "g-blending"], "holds out a part"),
-        (["--method", "umt", "--lr", "1e9"], "Try a lower --lr or --distill-weight."),
+        (["--method", "umt", "--distill-weight", "1e30"], "a lower --lr or --distill-weight."),
         (["--method", "joint", "--lr", "1e9"], "Try a lower --lr."),
     ],
 )
