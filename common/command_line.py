@@ -230,6 +230,16 @@ def check_methods(methods, known, dataset):
     return list(dict.fromkeys(methods))  # a method named twice is still one run
 
 
+# What torch raises in the middle of its own work, told to the user.
+TORCH_ERRORS = {
+    "Expected more than 1 value per channel": "BatchNorm cannot learn from a training batch of one "
+    "sample at this size; choose another --batch-size, so that no single sample is left over, or "
+    "larger images.",
+    "DataLoader worker": "A process that reads the files was ended from outside; if memory was "
+    "short, choose fewer --num-workers. --resume goes on from the last whole epoch.",
+}
+
+
 def run_command(main):
     """Call `main`; a UserError or Ctrl-C ends with one sentence on stderr, not with a traceback."""
     try:
@@ -237,13 +247,11 @@ def run_command(main):
         sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except ValueError as error:
-        if "Expected more than 1 value per channel" not in str(error):
+    except (ValueError, RuntimeError) as error:
+        sentences = [text for words, text in TORCH_ERRORS.items() if words in str(error)]
+        if not sentences:
             raise
-        sys.exit(
-            "error: BatchNorm cannot learn from a training batch of one sample at this size; "
-            "choose another --batch-size, so that no single sample is left over, or larger images."
-        )
+        sys.exit(f"error: {sentences[0]}")
     except OSError as error:  # a closed pipe or a full disk behind stdout; nothing more goes there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"error: {error}")

@@ -111,7 +111,7 @@ def draw_scatter(title, rows, x, y):
         point, errors = zip(
             *((row[k]["mean"], row[k]["standard_error"]) for k in (x, y)), strict=True
         )
-        axis.errorbar(*point, xerr=errors[0], yerr=errors[1], fmt="o", color=color, capsize=2)
+        axis.errorbar(*point, xerr=errors[0], yerr=errors[1], fmt="o", color=color, elinewidth=0.7)
         names.append((point, name, color))
     write_beside(axis, names)
     handles = [
@@ -129,7 +129,7 @@ def write_beside(axis, names):
     taken = []  # (left, right, bottom) of names, in shares of the axes
     for point, name, color in sorted(names, key=lambda item: item[0][1]):
         x, bottom = axis.transLimits.transform(point)
-        left, right = x + 0.01, x + 0.01 + 0.012 * len(name)
+        left, right, bottom = x + 0.01, x + 0.01 + 0.012 * len(name), bottom + 0.006
         for other in sorted(y for start, end, y in taken if start < right and left < end):
             if abs(other - bottom) < 0.026:
                 bottom = other + 0.026

@@ -461,15 +461,14 @@ def test_an_unreadable_clip_is_named(copied, num_workers, pattern, damage, messa
         assert "\n" not in str(caught.value)
 
 
-def test_a_killed_process_is_one_sentence(prepared):
-    splits = load_dataset("crema-d", prepared, num_workers=1, **SMALL)
-    for _ in range(2):  # the second time with new processes
-        batches = splits.train.batches(1, make_generator(0), augment=True)
-        next(batches)
-        (worker,) = splits.loader.shared._iterator._workers
-        worker.kill()
-        with pytest.raises(UserError, match=r"has ended .*choose fewer --num-workers"):
-            list(batches)
+def test_a_killed_process_is_one_sentence():
+    """torch raises it from a signal handler, so wherever the program happens to be."""
+
+    def main():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(SystemExit, match=r"ended from outside; .* fewer --num-workers"):
+        run_command(main)
 
 
 def test_a_batch_of_one_too_small_for_batchnorm_is_one_sentence(run, prepared):

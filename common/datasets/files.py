@@ -377,12 +377,6 @@ class Loader:
         self.current.requests, self.busy = requests, True
         try:
             yield from self.shared
-        except RuntimeError as error:  # torch's word for a process that was killed
-            self.shared = None
-            raise UserError(
-                f"A process that reads the files has ended ({error}); if memory is short, choose "
-                "fewer --num-workers."
-            ) from error
         finally:
             self.busy = False
 
