@@ -33,7 +33,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: F401  first, as in the scripts: it sets how torch takes memory, for both sides
 
+# isort: split
 import fake_clips
 import plain_clips
 from bench_pmr import ROWS, interleave, ratios, report

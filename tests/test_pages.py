@@ -100,13 +100,14 @@ def test_toy_projection_commands_run(words, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", commands("compare.py"))
-def test_compare_commands_run(words, tmp_path, require, data_root):
+def test_compare_commands_run(words, tmp_path, require, data_root, features_file):
     args, _ = compare.parse_args(words)
     if args.join:
         files = [str(path) for path in (ROOT / "results").glob("compare_*.json")]
         assert compare.main(["--join", *files, "--out", str(tmp_path)])["rows"]
         return
     require(args.dataset)
+    data_root = features_file if args.dataset == "features" else data_root
     tiny = ["--train-samples", "40", "--epochs", "1", "--device", "cpu", "--seeds", "0"]
     tiny += ["--out", str(tmp_path), "--data-root", str(data_root)]
     assert compare.main([*words, *tiny])["rows"]
