@@ -408,7 +408,7 @@ def test_a_silent_clip_is_kept_and_reported_even_after_a_restart(crema, capsys):
 
 @ffmpeg
 def test_short_clips_and_the_frame_rate(crema):
-    """A clip of 0.3 s has one frame at 1 per second; 2 s have 10 at 5 per second."""
+    """A clip of 0.3 s has one frame at 1 per second, two at 4; 2 s have 10 at 5 per second."""
     source = crema / "source"
     name = sorted((source / "AudioWAV").iterdir())[0].stem
     for path in (source / "VideoFlash" / f"{name}.flv", source / "AudioWAV" / f"{name}.wav"):
@@ -419,6 +419,9 @@ def test_short_clips_and_the_frame_rate(crema):
     arguments = ["crema-d", "--source", source, "--out", out, "--short-side", 32]
     assert run(*arguments) == 0
     row = next(row for row in read_clips(out) if row["id"] == name)
+    assert row["frames"] == "2"
+    assert run(*arguments[:3], "--out", crema.parent / "slow", "--fps", 1) == 0
+    row = next(row for row in read_clips(crema.parent / "slow") if row["id"] == name)
     assert row["frames"] == "1" and abs(float(row["seconds"]) - 0.3) < 0.05
     other = "9001_IEO_SAD_XX"
     inputs = [source / "VideoFlash" / f"{other}.flv", source / "AudioWAV" / f"{other}.wav"]
@@ -471,7 +474,7 @@ def test_ave_segment_is_cut_out_and_repeated_ids_are_kept(fakes, tmp_path, capsy
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("frame gone", "files, not 0001.jpg to 0002"),
+        ("frame gone", "files, not 0001.jpg to 0008"),
         ("frame cut", "not a whole JPEG"),
         ("frame garbled", "not a whole JPEG"),
         ("sound gone", "missing: no file"),
