@@ -1,67 +1,91 @@
-"""The command line that all scripts share: same names, order, meaning; defaults equal if possible.
+"""From flags to the configurations of runs: same names, order, meaning in all scripts.
 
-A default of None means "by dataset": the script's recipe fills it in, see `fill_from_recipe`.
+Flags are what the user types, a recipe is a dataset's defaults, a configuration has the settings of
+one run, and its `arguments` are those that decide the result. Nothing here calls a script: `main`
+goes through the configurations and trains.
 """
 
 import argparse
 import os
-import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 from .datasets import DATASETS, load_dataset
-from .datasets.clips import SPECTROGRAMS
-from .encoders import encoder_options
+from .device import pick_device
 from .errors import UserError
+from .flags import number
+from .networks.encoders import encoder_options
+from .tables import format_text, made_up, tabulate
 
 
-def number(kind, low, high=None, open_low=False, infinite=False):
-    """An argparse type: a number of `kind` (int or float) from `low` to `high`.
+class Script(NamedTuple):
+    """What a script has, as data: for the command line, the folders of runs, and the experiments.
 
-    high:     None is a thousand million for int, anything finite for float.
-    open_low: `low` itself is refused; infinite: inf is accepted.
+    methods:  name -> the flags that decide its result, besides those that all scripts have.
+              "unimodal" stands for unimodal-<modality>. The first is the paper's, and runs alone
+              where data are large.
+    compared: what runs beside each modality alone if no method is named.
+    fusions:  the first is the default.
+    recipes:  dataset -> flag -> default; a function of the flags gives one that depends on others.
+    unfused:  the methods that have no fusion.
+    needs:    method -> the methods whose runs it starts from.
     """
-    largest = high or (10**9 if kind is int else sys.float_info.max)
 
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        accepted = low <= value <= largest or (infinite and value == float("inf"))
-        if not accepted or (open_low and value == low):
-            bounds = f"above {low}" if open_low else f"at least {low}"
-            if high or value > largest:
-                bounds += f" and at most {largest:g}"
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not {text!r}")
-        return value
-
-    return parse
+    name: str
+    doc: str
+    methods: dict
+    compared: tuple
+    fusions: tuple
+    recipes: dict
+    add_flags: Callable = lambda add: None
+    unfused: tuple = ("unimodal",)
+    needs: dict = {}  # noqa: RUF012
+    dataset: str = "digits"
 
 
-def build_parser(docstring, method_help, fusions, experiments):
-    """The parser with every shared flag; a script adds its own knobs to it."""
+# ---- Flags ----
+
+
+def build_parser(script, dataset):
+    """The parser of a script's flags, with the dials of `dataset`.
+
+    A default of None means "by dataset": the recipe fills it in, see `Command`.
+    """
     parser = argparse.ArgumentParser(
-        description=docstring,
+        description=script.doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--dataset", choices=list(DATASETS), default="digits", help="default: %(default)s")
+    positive = number(float, 0, open_low=True)
+    names = ", ".join(m for m in script.methods if m != "unimodal")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=list(DATASETS), default=script.dataset, help="default: %(default)s")
     add("--data-root", default="data", metavar="DIR", help="where datasets lie (%(default)s)")
     add("--data-seed", type=int, default=0, metavar="N", help="split, colors, pairing (0)")
     add("--train-samples", type=number(int, 1), metavar="N", help="cap, other splits in proportion")
-    add("--method", nargs="+", metavar="NAME", help=method_help)
-    add("--fusion", choices=fusions, help=f"default: {fusions[0]}")
-    if experiments:
-        add("--experiment", choices=experiments, help="a table or figure of the paper")
-    add("--pretrained", action="store_true", help="ResNet-18 starts from ImageNet's weights")
-    add("--epochs", type=number(int, 1), metavar="N", help="default: by dataset")
-    add("--batch-size", type=number(int, 1), metavar="N", help="default: by dataset")
+    add = parser.add_argument_group("method").add_argument
+    add(
+        "--method",
+        nargs="+",
+        metavar="NAME",
+        help=f"{names}, unimodal-<modality>; default: a comparison, on large data "
+        f"{next(iter(script.methods))}",
+    )
+    add("--fusion", choices=script.fusions, default=script.fusions[0], help="%(default)s")
+    if "pretrained" in encoder_options(dataset):
+        add("--pretrained", action="store_true", help="ResNet-18 starts from ImageNet's weights")
+    add = parser.add_argument_group("training; defaults by dataset").add_argument
+    add("--epochs", type=number(int, 1), metavar="N")
+    add("--batch-size", type=number(int, 1), metavar="N")
     add("--optimizer", choices=["sgd", "adam", "adagrad"], default="sgd", help="%(default)s")
-    add("--lr", type=number(float, 0, open_low=True), metavar="X", help="default: by dataset")
-    add("--weight-decay", type=number(float, 0), metavar="X", help="default: by dataset")
-    add("--schedule", choices=["none", "step", "cosine"], help="default: by dataset")
+    add("--lr", type=positive, metavar="X", help="learning rate")
+    add("--momentum", type=number(float, 0, 1), metavar="X", help="of sgd")
+    add("--weight-decay", type=number(float, 0), metavar="X")
+    add("--schedule", choices=["none", "step", "cosine"], help="of the learning rate")
+    add = parser.add_argument_group("run").add_argument
     add("--seeds", type=number(int, 0), nargs="+", default=[0], metavar="N", help="default: 0")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="cuda or cpu")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="%(default)s")
@@ -74,120 +98,58 @@ def build_parser(docstring, method_help, fusions, experiments):
     )
     add("--out", default="runs", metavar="DIR", help="where runs are written (%(default)s)")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with unfinished runs")
-    existing.add_argument("--overwrite", action="store_true", help="replace existing runs")
-    existing.add_argument(
-        "--eval-only", action="store_true", help="test checkpoints, write nothing"
-    )
-    add = parser.add_argument_group("dials of the datasets").add_argument
-    for dial, defaults in dials().items():
-        known = DIALS.get(dial, (type(next(iter(defaults.values()))), "a dial of your own"))
-        notes = ", ".join(f"{name} {default}" for name, default in defaults.items())
-        notes = notes.replace("None", "by configuration")
-        add("--" + dial.replace("_", "-"), type=known[0], metavar="X", help=f"{known[1]} ({notes})")
+    add = existing.add_argument
+    add("--resume", action="store_true", help="go on with unfinished runs")
+    add("--overwrite", action="store_true", help="replace existing runs")
+    add("--eval-only", action="store_true", help="test checkpoints, write nothing")
+    script.add_flags(parser.add_argument_group(f"{script.name}.py").add_argument)
+    if DATASETS[dataset].dials:
+        add = parser.add_argument_group(f"dials of {dataset}").add_argument
+        for name, dial in DATASETS[dataset].dials.items():
+            note = dial.help if dial.listed else argparse.SUPPRESS
+            add(as_flag(name), type=dial.kind, metavar="X", help=note)
     return parser
 
 
-def add_rival_flags(parser):
-    """The knobs of the rivals in common/rebalance.py."""
-    add = parser.add_argument_group("rival methods").add_argument
-    add("--ogm-alpha", type=SIZE, default=0.3, metavar="X", help="of ogm-ge (%(default)s)")
-    add(
-        "--drop-probability", type=SHARE, default=0.3, metavar="X", help="of modality-dropout (0.3)"
-    )
-    add(
-        "--blend", choices=["offline", "online"], default="offline", help="g-blending (%(default)s)"
-    )
-    add("--super-epoch", type=number(int, 1), default=5, metavar="N", help="of online blending (5)")
+def as_flag(name):
+    return "--" + name.replace("_", "-")
 
 
-def views(text):
-    """An argparse type: numbers with commas, such as 0,6."""
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"must be numbers with commas such as 0,6, not {text!r}")
-    return text
+def dataset_of(argv, default):
+    """The dataset that a command line names; a wrong name is left to the parser to refuse."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", nargs="?", default=default)
+    name = first.parse_known_args(argv)[0].dataset
+    return name if name in DATASETS else default
 
 
-def spectrogram(text):
-    """An argparse type: the name of a recipe."""
-    if text not in SPECTROGRAMS:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SPECTROGRAMS)}, not {text!r}")
-    return text
+def parse_flags(script, argv, namespace=None):
+    """argv: a list of words. The flags with their defaults, None where a recipe has the default."""
+    dataset = dataset_of(argv, script.dataset)
+    parser = build_parser(script, dataset)
+    args, rest = parser.parse_known_args(argv, namespace)
+    for word in rest:
+        flag = word.split("=")[0]
+        if flag == "--experiment":
+            raise UserError(
+                "Tables and figures have a command of their own: "
+                f"python -m experiments.{script.name} --help."
+            )
+        if flag == "--pretrained":
+            raise UserError(f"There are no pretrained weights for {dataset}; leave out {flag}.")
+        if any(flag == as_flag(dial) for known in DATASETS.values() for dial in known.dials):
+            raise UserError(f"The dataset {dataset} has no dial {flag}; leave it out.")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
-SIZE, SHARE = number(float, 0), number(float, 0, 1)
-DIALS = {
-    "color_variance": (SIZE, "variance of the colors"),
-    "visual_energy": (
-        number(float, 0, 1, open_low=True),
-        "share of the images' PCA energy kept, 1 is clean",
-    ),
-    "audio_snr": (
-        number(float, -100, infinite=True),
-        "signal-to-noise ratio in dB, inf is clean",
-    ),
-    "configuration": (str, "defaults of the dials below: O, N, T or Q"),
-    "pair_type": (str, "suppressor or sum-mod"),
-    "samples": (number(int, 1, 10**6), "training samples"),
-    "noise": (SIZE, "standard deviation of the noise"),
-    "augment": (SIZE, "that of fresh noise in every training batch"),
-    "easy_size": (SIZE, "size of the easy features"),
-    "easy_1": (SHARE, "share of samples with the first modality's easy feature"),
-    "easy_2": (SHARE, "and with the second's"),
-    "hard": (SHARE, "share of samples with a modality's hard feature"),
-    "hard_size_1": (SIZE, "size of the first modality's hard features"),
-    "hard_size_2": (SIZE, "and of the second's"),
-    "pair_size": (SIZE, "size of the paired features"),
-    "nuisance": (SIZE, "what hides a suppressor pair from one modality"),
-    "pair_only": (SHARE, "share of samples with paired features only; 0: all have them too"),
-    "num_frames": (number(int, 1, 1000), "frames of a clip"),
-    "spectrogram": (spectrogram, f"its recipe: {', '.join(SPECTROGRAMS)}"),
-    "views": (views, "of the 12 around a shape, each a modality; 0 is front, 6 rear"),
-    "frame_cache": (number(int, 0, 1), "1 keeps decoded frames on disk, for speed"),
-    "image_size": (number(int, 32, 4096), "height and width of frames and views"),
-}
-
-
-def dials():
-    """Every dial of every dataset, in order: dial -> dataset -> default."""
-    found = {}
-    for name, dataset in DATASETS.items():
-        for dial, default in dataset.dials.items():
-            found.setdefault(dial, {})[name] = default
-    return found
-
-
-def fill_from_recipe(parser, args, recipe):
-    """Replace None by the dataset's or the recipe's default; returns the defaults of all flags.
-
-    recipe: flag -> default for `args.dataset`; it may set the dataset's own dials too.
-    """
-    own_dials = DATASETS[args.dataset].dials
-    foreign = [d for d in dials() if getattr(args, d) is not None and d not in own_dials]
-    if foreign:
-        flags = ", ".join("--" + dial.replace("_", "-") for dial in foreign)
-        raise UserError(f"The dataset {args.dataset} has no dial {flags}; leave it out.")
-    if args.eval_only and args.experiment:
-        raise UserError(
-            "--eval-only writes nothing and --experiment a table; leave one of them out."
-        )
-    if args.pretrained and "pretrained" not in encoder_options(args.dataset):
-        raise UserError(
-            f"There are no pretrained weights for {args.dataset}; leave out --pretrained."
-        )
-    args.seeds = list(dict.fromkeys(args.seeds))  # a seed named twice is still one run
-    identify = DATASETS[args.dataset].identify
-    args.data = identify(args.data_root) if identify else None
-    defaults = {name: parser.get_default(name) for name in vars(args)} | own_dials | recipe
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    return defaults
-
-
-def recipe_for(dataset, recipes):
-    """The dataset's recipe; one of the user's own has that of `features`."""
-    return recipes.get(dataset, recipes["features"])
+def given_flags(script, argv):
+    """What a command line gives, without any default: a dict of settings for `Command`."""
+    unset = object()
+    names = vars(parse_flags(script, ["--dataset", dataset_of(argv, script.dataset)]))
+    args = parse_flags(script, argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    return {name: value for name, value in vars(args).items() if value is not unset}
 
 
 def shared_knobs(dataset):
@@ -196,39 +158,141 @@ def shared_knobs(dataset):
     own += ["pretrained"] if "pretrained" in encoder_options(dataset) else []
     return [
         *("dataset", *own, "data_seed", "train_samples", *DATASETS[dataset].dials),
-        *("method", "fusion", "epochs", "batch_size", "optimizer", "lr", "weight_decay"),
-        *("schedule", "precision"),
+        *("method", "fusion", "epochs", "batch_size", "optimizer", "lr", "momentum"),
+        *("weight_decay", "schedule", "precision"),
     ]
 
 
-def load_splits(args, device):
-    """The dataset that the command line names, with its dials."""
-    dials = {dial: getattr(args, dial) for dial in DATASETS[args.dataset].dials}
-    if dials.get("pair_type") == "sum-mod" and args.fusion in ("concat", "sum"):
-        raise UserError(
-            f"--fusion {args.fusion} is linear in the features, and no linear head can learn "
-            "--pair-type sum-mod; choose another --fusion."
-        )
-    return load_dataset(
-        args.dataset,
-        args.data_root,
-        args.data_seed,
-        args.train_samples,
-        device,
-        args.num_workers,
-        **dials,
-    )
+# ---- Configurations ----
 
 
-def check_methods(methods, known, dataset):
-    """`methods` without repetitions; UserError for one that is not among the `known`."""
-    for method in methods:
-        if method not in known:
+class Command:
+    """A command line: the dataset that it names, and a configuration for each of its runs.
+
+    argv:    a list of words, None for those of the process, or a dict of settings (experiments/).
+    prepare: (flags, splits) -> splits, where a flag of the script changes the data.
+    """
+
+    def __init__(self, script, argv=None, prepare=lambda args, splits: splits):
+        self.script = script
+        settings = argv if isinstance(argv, dict) else {}
+        words = sys.argv[1:] if argv is None else argv
+        if isinstance(argv, dict):
+            words = ["--dataset", settings.get("dataset", script.dataset)]
+        self.args = args = parse_flags(script, words)
+        unknown = sorted(settings.keys() - vars(args).keys())
+        if unknown:
+            raise UserError(f"{script.name}.py has no {', '.join(map(as_flag, unknown))}.")
+        vars(args).update(settings)
+        args.seeds = list(dict.fromkeys(args.seeds))  # a seed named twice is still one run
+        args.device = pick_device(args.device)
+        args.pretrained = getattr(args, "pretrained", False)
+        dataset = DATASETS[args.dataset]
+        args.data = dataset.identify(args.data_root) if dataset.identify else None
+        self.defaults = self.fill_in(args, dataset)
+        self.splits = prepare(args, self.load_splits(args, dataset))
+        self.methods = self.choose_methods(args.method, dataset)
+
+    def fill_in(self, args, dataset):
+        """Replace None by the dataset's or the recipe's default; returns the defaults of all."""
+        defaults = vars(parse_flags(self.script, ["--dataset", args.dataset]))
+        defaults |= {name: dial.default for name, dial in dataset.dials.items()}
+        defaults |= self.script.recipes.get(args.dataset, self.script.recipes["features"])
+        for name, default in sorted(defaults.items(), key=lambda item: callable(item[1])):
+            defaults[name] = default(args) if callable(default) else default
+            if getattr(args, name) is None:
+                setattr(args, name, defaults[name])
+        return defaults
+
+    @staticmethod
+    def load_splits(args, dataset):
+        """The dataset that the command line names, with its dials."""
+        dials = {dial: getattr(args, dial) for dial in dataset.dials}
+        if dials.get("pair_type") == "sum-mod" and args.fusion in ("concat", "sum"):
             raise UserError(
-                f"There is no method {method!r} for {dataset}; choose from {', '.join(known)}."
+                f"--fusion {args.fusion} is linear in the features, and no linear head can learn "
+                "--pair-type sum-mod; choose another --fusion."
             )
-    return list(dict.fromkeys(methods))  # a method named twice is still one run
+        return load_dataset(
+            args.dataset,
+            args.data_root,
+            args.data_seed,
+            args.train_samples,
+            args.device,
+            args.num_workers,
+            **dials,
+        )
 
+    def choose_methods(self, named, dataset):
+        """The methods to run: those named, else a comparison, or the paper's on large data."""
+        known = [m for m in self.script.methods if m != "unimodal"]
+        unimodal = self.expand(["unimodal"])
+        if not named:
+            return [*unimodal, *self.script.compared] if dataset.small else known[:1]
+        for method in named:
+            if method not in (*known, *unimodal):
+                raise UserError(
+                    f"There is no method {method!r} for {self.args.dataset}; choose from "
+                    f"{', '.join((*known, *unimodal))}."
+                )
+        return list(dict.fromkeys(named))  # a method named twice is still one run
+
+    def expand(self, methods):
+        """`methods` with unimodal-<modality> for each modality in place of "unimodal"."""
+        alone = [f"unimodal-{m}" for m in self.splits.modalities]
+        return [name for m in methods for name in (alone if m == "unimodal" else [m])]
+
+    def needs(self, method):
+        """The methods whose runs `method` starts from."""
+        return self.expand(self.script.needs.get(method, ()))
+
+    def configs(self, methods=None):
+        """A configuration for each seed and method, those that another one needs before it."""
+        methods = self.methods if methods is None else methods
+        needed = [] if self.args.eval_only else [n for m in methods for n in self.needs(m)]
+        first = [m for m in dict.fromkeys(needed) if m not in methods]
+        ordered = sorted(methods, key=lambda m: m not in needed)
+        for seed in self.args.seeds:
+            for method in (*first, *ordered):
+                yield self.config(method, seed)
+
+    def config(self, method, seed):
+        """The flags, with `method`, `seed`, `modalities`; `arguments` are what decides the result.
+
+        What a run needs but nobody named is never overwritten.
+        """
+        config = SimpleNamespace(**vars(self.args) | {"method": method, "seed": seed})
+        config.modalities, config.num_classes = self.splits.modalities, self.splits.num_classes
+        kind = "unimodal" if method.startswith("unimodal-") else method
+        if kind == "unimodal":
+            config.modalities = (method.removeprefix("unimodal-"),)
+        if kind in self.script.unfused:
+            config.fusion = None
+        if method not in self.methods and not config.eval_only:
+            config.overwrite, config.resume = False, True
+        knobs = [*shared_knobs(config.dataset), *self.script.methods[kind]]
+        config.arguments = {"script": self.script.name, "seed": seed}
+        config.arguments |= {knob: getattr(config, knob) for knob in knobs}
+        config.defaults, config.sizes = self.defaults, self.splits.sizes
+        config.needs = [self.config(m, seed) for m in self.needs(method)]
+        return config
+
+    def report(self, summaries, columns, digits=None):
+        """Print a row for each method named, and where the runs are.
+
+        columns: title -> where the number stands in a summary; digits: title -> decimals.
+        Returns {"runs": summaries, "table": rows}, or the only summary.
+        """
+        args = self.args
+        runs = [run for run in summaries if run["method"] in self.methods]
+        table = tabulate(runs, columns, digits)
+        print(f"\n{args.dataset}{made_up(args.data)}, test split", end="")
+        print(", percent; best: at the best validation epoch\n")
+        print(f"{format_text(table)}\n\nRuns: {Path(args.out) / self.script.name / args.dataset}")
+        return runs[0] if len(runs) == 1 else {"runs": runs, "table": table}
+
+
+# ---- Running ----
 
 # What torch raises in the middle of its own work, told to the user.
 TORCH_ERRORS = {

@@ -1,7 +1,7 @@
 """Datasets by name. `load_dataset` gives train, val, val_iid and test splits of aligned modalities.
 
 A new dataset is a function `load(root, data_seed, **dials) -> Splits` and a line in `DATASETS`, and
-one in `ENCODERS` of encoders.py; docs/own_data.md shows it.
+one in `ENCODERS` of common/networks/encoders.py; docs/own_data.md shows it.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 from ..errors import UserError
 from . import av_digits, clips, colored_digits, features, files, synthetic, views
-from .base import Splits, TensorSplit
+from .base import Splits, TensorSplit, split_folds
 
-__all__ = ["DATASETS", "Dataset", "Splits", "TensorSplit", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Splits", "TensorSplit", "load_dataset", "split_folds"]
 
 
 class Dataset(NamedTuple):
     """A loader and what the command line must know of it.
 
-    dials:    the keyword arguments a user may turn, with their defaults.
+    dials:    name -> Dial, the keyword arguments that a user may turn.
     small:    whether a script compares its methods here when none is named.
     identify: for data that a user brings, root -> a name by which runs on them are told apart.
     """
@@ -29,27 +29,25 @@ class Dataset(NamedTuple):
     identify: Callable | None = None
 
 
-def from_files(name, load, **dials):
+def from_files(name, load, dials):
     """A dataset whose files data/prepare.py has put under `root`/`name`."""
-    dials |= {"frame_cache": 0, "image_size": 224}
     return Dataset(load, dials, small=False, identify=partial(files.identify, name))
 
 
 def from_clips(name, num_frames, spectrogram):
-    load = partial(clips.load, name)
-    return from_files(name, load, num_frames=num_frames, spectrogram=spectrogram)
+    return from_files(name, partial(clips.load, name), clips.dials(num_frames, spectrogram))
 
 
 DATASETS = {
-    "digits": Dataset(colored_digits.load_digits, {"color_variance": 0.03}),
-    "cg-mnist": Dataset(colored_digits.load_cg_mnist, {"color_variance": 0.03}, small=False),
-    "av-digits": Dataset(av_digits.load, {"visual_energy": 0.25, "audio_snr": -9.0}),
+    "digits": Dataset(colored_digits.load_digits, colored_digits.DIALS),
+    "cg-mnist": Dataset(colored_digits.load_cg_mnist, colored_digits.DIALS, small=False),
+    "av-digits": Dataset(av_digits.load, av_digits.DIALS),
     "synthetic": Dataset(synthetic.load, synthetic.DIALS),
     "features": Dataset(features.load, {}, identify=features.identify),
     "crema-d": from_clips("crema-d", num_frames=3, spectrogram="pmr-3s"),
     "ave": from_clips("ave", num_frames=4, spectrogram="pmr-10s"),
     "vggsound": from_clips("vggsound", num_frames=3, spectrogram="pmr-10s"),
-    "modelnet40": from_files("modelnet40", views.load, views="0,6"),
+    "modelnet40": from_files("modelnet40", views.load, views.DIALS),
 }
 
 
@@ -70,7 +68,8 @@ def load_dataset(
     if unknown:
         flags = ", ".join("--" + dial.replace("_", "-") for dial in sorted(unknown))
         raise UserError(f"The dataset {name} has no dial {flags}; leave it out.")
-    splits = DATASETS[name].load(root, data_seed, **{**DATASETS[name].dials, **dials})
+    defaults = {dial: known.default for dial, known in DATASETS[name].dials.items()}
+    splits = DATASETS[name].load(root, data_seed, **defaults | dials)
     if splits.loader is not None:
         splits.loader.num_workers = num_workers
     if train_samples is not None:

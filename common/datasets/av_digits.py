@@ -13,6 +13,7 @@ import torch
 import torchaudio
 
 from ..errors import UserError
+from ..flags import Dial, number
 from ..seeding import make_generator
 from .base import Splits, TensorSplit
 from .colored_digits import load_mnist
@@ -22,6 +23,18 @@ MODALITIES = ("audio", "visual")
 SAMPLE_RATE = 8000  # Hz
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 TAKES = range(50)  # of each digit by each speaker
+DIALS = {
+    "visual_energy": Dial(
+        0.25,
+        number(float, 0, 1, open_low=True),
+        "share of the images' PCA energy kept, 1 is clean (0.25)",
+    ),
+    "audio_snr": Dial(
+        -9.0,
+        number(float, -100, infinite=True),
+        "signal-to-noise ratio in dB, inf is clean (-9)",
+    ),
+}
 
 
 def render(rows):

@@ -131,3 +131,12 @@ class Splits:
     def map(self, function):
         """Apply `function` to every split."""
         return replace(self, **{name: function(getattr(self, name)) for name in self.NAMES})
+
+
+def split_folds(order, num_folds):
+    """K pairs (all folds but the k-th, fold k); sizes of folds differ by one at most.
+
+    order: (N,) samples in random order. The second parts are disjoint and together everything.
+    """
+    folds = order.tensor_split(num_folds)
+    return [(torch.cat(folds[:k] + folds[k + 1 :]), folds[k]) for k in range(num_folds)]

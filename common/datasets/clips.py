@@ -4,6 +4,7 @@ From a folder that `data/prepare.py` made, or for CREMA-D from the tree that use
 PMR's code have: train.csv, test.csv, Image-01-FPS/<clip>/*.jpg and AudioWAV/<clip>.wav.
 """
 
+import argparse
 import csv
 import math
 from contextlib import suppress
@@ -15,8 +16,10 @@ import torch
 import torchaudio
 
 from ..errors import UserError
+from ..flags import Dial, number
 from ..seeding import make_generator
 from .files import (
+    DIALS,
     DiskRows,
     Files,
     crop_box,
@@ -79,6 +82,22 @@ SPECTROGRAMS = {
     "pmr-10s": (partial(pmr_spectrogram, seconds=10), (257, 1004)),
     "ogm-ge": (ogm_ge_spectrogram, (257, 188)),
 }
+
+
+def spectrogram(text):
+    """An argparse type: the name of a recipe."""
+    if text not in SPECTROGRAMS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SPECTROGRAMS)}, not {text!r}")
+    return text
+
+
+def dials(num_frames, recipe):
+    """The dials of a dataset of clips, with its defaults."""
+    return {
+        "num_frames": Dial(num_frames, number(int, 1, 1000), f"of a clip ({num_frames})"),
+        "spectrogram": Dial(recipe, spectrogram, f"{', '.join(SPECTROGRAMS)} ({recipe})"),
+        **DIALS,
+    }
 
 
 class Spectrograms:

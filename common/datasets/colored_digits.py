@@ -16,10 +16,12 @@ from sklearn.datasets import load_digits as load_scikit_digits
 from sklearn.model_selection import train_test_split
 
 from ..errors import UserError
+from ..flags import SIZE, Dial
 from ..seeding import derive_seed, make_generator
 from .base import Splits, TensorSplit
 
 MODALITIES = ("gray", "color")
+DIALS = {"color_variance": Dial(0.03, SIZE, "variance of the colors (default: by script)")}
 
 # RGB of the digits 0 to 9 in the authors' file, as its public users list them.
 MEAN_COLORS = (

@@ -23,9 +23,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
+from ..flags import Dial, number
 from ..seeding import derive_seed, make_generator
 from .base import Splits, TensorSplit
 
+DIALS = {
+    "frame_cache": Dial(0, number(int, 0, 1), "1 keeps decoded frames on disk, for speed (0)"),
+    "image_size": Dial(224, number(int, 32, 4096), "height and width of frames and views (224)"),
+}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in RGB
 
 # ---- What lies in a folder ----

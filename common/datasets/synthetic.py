@@ -16,6 +16,7 @@ project's, not the paper's.
 import torch
 
 from ..errors import UserError
+from ..flags import SHARE, SIZE, Dial, number
 from ..seeding import make_generator
 from .base import Splits, TensorSplit
 
@@ -35,13 +36,27 @@ CONFIGURATIONS = {
     | {"pair_size": 5.0, "nuisance": 0.7, "pair_only": 0.2, "augment": 0.3},
 }
 PAIRS = ("suppressor", "sum-mod")
+COUNT = number(int, 1, 10**6)
+FINE = {  # None: as the configuration says; each is a flag, too many for --help
+    "easy_1": Dial(None, SHARE, "share of samples with the first modality's easy feature", False),
+    "easy_2": Dial(None, SHARE, "and with the second's", False),
+    "hard": Dial(None, SHARE, "share of samples with a modality's hard feature", False),
+    "hard_size_1": Dial(None, SIZE, "size of the first modality's hard features", False),
+    "hard_size_2": Dial(None, SIZE, "and of the second's", False),
+    "nuisance": Dial(None, SIZE, "what hides a suppressor pair from one modality", False),
+    "noise": Dial(0.4, SIZE, "standard deviation of the noise", False),
+    "augment": Dial(None, SIZE, "that of fresh noise in every training batch", False),
+    "easy_size": Dial(6.0, SIZE, "size of the easy features", False),
+    "pair_size": Dial(None, SIZE, "size of the paired features", False),
+    "samples": Dial(None, COUNT, "training samples", False),
+}
 DIALS = {
-    "configuration": "N",
-    "pair_type": "suppressor",
-    "easy_size": 6.0,
-    "noise": 0.4,
-    **dict.fromkeys(("easy_1", "easy_2", "hard", "hard_size_1", "hard_size_2")),
-    **dict.fromkeys(("pair_size", "nuisance", "pair_only", "augment", "samples")),
+    "configuration": Dial(
+        "N", str, "O, N, T or Q: sets the dials of common/datasets/synthetic.py (N)"
+    ),
+    "pair_type": Dial("suppressor", str, "suppressor or sum-mod (suppressor)"),
+    "pair_only": Dial(None, SHARE, "share of samples with paired features only; 0: all have them"),
+    **FINE,
 }
 
 

@@ -1,13 +1,30 @@
 """ModelNet40 as rendered views of its shapes; each view is a modality."""
 
+import argparse
+import re
 from functools import partial
 from pathlib import Path
 
 from ..errors import UserError
+from ..flags import Dial
+from .files import DIALS as FILE_DIALS
 from .files import Files, full_box, make_splits, normalize_frames, read_listing
 
 VIEWS = 12  # around the shape, one every 30 degrees
 NAMES = {0: "front", 6: "rear"}
+
+
+def view_numbers(text):
+    """An argparse type: numbers with commas, such as 0,6."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be numbers with commas such as 0,6, not {text!r}")
+    return text
+
+
+DIALS = {
+    "views": Dial("0,6", view_numbers, "of the 12, each a modality; 0 is front, 6 rear (0,6)"),
+    **FILE_DIALS,
+}
 
 
 def pick_views(views, count, rng):

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch.nn as nn
 import torchvision
 
-from .errors import UserError
+from ..errors import UserError
 
 
 class Encoder(nn.Module):

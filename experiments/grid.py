@@ -22,46 +22,6 @@ from .training import changed_knobs, make_folder, read_json, write_figure, write
 RESULTS = Path(__file__).parent.parent / "results"
 
 
-def lookup(summary, path):
-    """The number at a dotted `path` such as "test.gray.head", or None; "|path|": its magnitude."""
-    if path.startswith("|"):
-        value = lookup(summary, path.strip("|"))
-        return None if value is None else abs(value)
-    for key in path.split("."):
-        summary = summary.get(key) if isinstance(summary, dict) else None
-    return summary
-
-
-def spread(values, digits=None):
-    """{"mean", "std", "n"} with the sample standard deviation (0 for one value), or None.
-
-    digits: decimals to print, where they are not one; they go into the result.
-    """
-    if not values:
-        return None
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    result = {"mean": statistics.fmean(values), "std": std, "n": len(values)}
-    return result if digits is None else {**result, "digits": digits}
-
-
-def tabulate(runs, columns, digits=None):
-    """One row for each method and fusion: its name and the `spread` over seeds of each column.
-
-    columns: title -> dotted path into a summary; digits: title -> decimals, where not one.
-    """
-    groups = {}
-    for run in runs:
-        groups.setdefault((run["method"], run["fusion"]), []).append(run)
-    rows = []
-    for (method, fusion), group in groups.items():
-        row = {"method": method, "fusion": fusion}
-        for title, path in columns.items():
-            values = [lookup(run, path) for run in group]
-            row[title] = spread([x for x in values if x is not None], (digits or {}).get(title))
-        rows.append(row)
-    return rows
-
-
 def paired_differences(runs, method, reference, groups=("fusion",), pairs=("seed",)):
     """`method` minus `reference` in test accuracy: mean over pairs of runs, standard error, n.
 
@@ -87,44 +47,6 @@ def paired_differences(runs, method, reference, groups=("fusion",), pairs=("seed
 
 
 # ---- Text ----
-
-
-def cell(value):
-    """A table cell: `61.2 ± 0.8`, without the spread for a single run, or `-`.
-
-    The spread is the standard deviation or, in a mean that has none, its standard error.
-    """
-    if value is None:
-        return "-"
-    if not isinstance(value, dict):
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-    digits = value.get("digits", 1)
-    text = f"{value['mean']:.{digits}f}"
-    spread = value["std"] if "std" in value else value["standard_error"]
-    return text + f" ± {spread:.{digits}f}" if value["n"] > 1 else text
-
-
-def format_text(rows):
-    """Rows (dicts with equal keys) as aligned text."""
-    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def made_up(args):
-    """A warning to stand behind the name of a dataset that `data/prepare.py --fake` has made."""
-    fake = str(args.data).startswith("fake-")
-    return ", MADE-UP DATA: the numbers mean nothing" if fake else ""
-
-
-def print_table(rows, script, args):
-    """Print the rows of the runs of `args`, and where the runs are."""
-    print(f"\n{args.dataset}{made_up(args)}, test split", end="")
-    print(", percent; best: at the best validation epoch\n")
-    print(f"{format_text(rows)}\n\nRuns: {Path(args.out) / script / args.dataset}")
 
 
 def format_markdown(rows):

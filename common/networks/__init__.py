@@ -1,0 +1,1 @@
+"""Encoders, fusion heads, blocks between stages: what the scripts' networks are put together of."""
