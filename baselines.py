@@ -1,128 +1,95 @@
-"""Rival training rules that several papers compare with.
+"""The rules of training that the papers compare with, on an encoder for each modality and a head.
 
-`build_rival` gives a script's training loop the hooks of a method: a loss, a change of gradients
-before the optimizer's step, something to do before an epoch. Plain joint training has none.
+    joint             one cross-entropy on the fused logits: "vanilla" or "naive" in the papers
+    aux-ce            auxiliary cross-entropies, one on each modality's features
+    g-blending        Gradient-Blending: auxiliary losses with estimated weights (Wang et al., 2020)
+    ogm-ge            OGM-GE: slow the modality that is ahead, and add noise (Peng et al., 2022)
+    modality-dropout  the head does without one modality now and then
+
+    python baselines.py                                          # bundled digits, a minute on a CPU
+    python baselines.py --dataset cg-mnist --method joint ogm-ge --seeds 0 1 2
+    python -m experiments.compare --dataset digits --seeds 0     # beside the papers' own methods
+
+Every run leaves its configuration, metrics, predictions, curves and checkpoints in
+runs/baselines/<dataset>/<method>-<fusion>[-<knob>=<value>]-seed<k>/. See docs/baselines.md.
+
+Differs from the papers:
+- aux-ce has one linear head for each modality, all losses weigh 1: the sum, not the mean.
+- Gradient-Blending holds out a tenth of the training data; a head that gained nothing has weight 0;
+  a change of the gap counts as 1e-4 at least: ours. Its heads are linear, as in aux-ce.
+- OGM-GE modulates to the end; its authors stop half way. Vectors: weight matrices for convolutions.
+- OGM-GE for more than two modalities compares each with the slowest other one: ours.
+- Modality dropout drops one modality of a sample, drawn at random, and does not rescale: ours.
 """
 
 import copy
 import math
 
+from common.command_line import Command, Script, run_command
+from common.device import forward
+from common.errors import UserError
+from common.evaluation import Totals, arrays, count_correct, measure, predict, probe_encoders
+from common.flags import SHARE, SIZE, number
+from common.metrics import count_parameters
+from common.networks.multimodal import build_model
+from common.optimizer import build_optimizer
+from common.run import Run
+from common.seeding import make_generator
+
+# isort: split
+# ---- Method ----
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .errors import UserError
-from .seeding import make_generator
 
+class Joint(nn.Module):
+    """L = CE(logits, y): the papers' vanilla training, and the base of the other rules.
 
-class Rival(nn.Module):
-    """Joint training without a change; base of the rivals.
-
-    model: with `encoders`, modality -> encoder, and a `fusion` head; data: the training split, of
-    which a rival may keep a part; config: the knobs of its name in `KNOBS`.
+    model: a network with `encoders`, modality -> encoder with the width `dim` of its features, and
+    a `fusion` head; config: num_classes and the rule's own flags.
     """
 
-    KNOBS = ()
-
-    def __init__(self, model, data, num_classes, config):
+    def __init__(self, model, config):
         super().__init__()
-        self.data = data
-
-    def start_epoch(self, epoch, epochs, model, forward, build_optimizer, batches):
-        """Called before every epoch; see `GradientBlending`."""
 
     def loss(self, logits, features, labels):
         """logits: (B, C) of the fusion head; features: modality -> (B, D); labels: (B,)."""
         return F.cross_entropy(logits, labels)
 
-    def modulate(self, model, features, labels):
-        """Called between backward and the optimizer's step."""
+    def change_gradients(self, model, features, labels):
+        """Called between `backward` and the optimizer's step."""
 
 
-def auxiliary_losses(heads, logits, features, labels):
-    """(M + 1,) cross-entropies: of a head on each modality's features, and of the fused logits."""
-    alone = [head(features[m].float()) for m, head in heads.items()]
-    return torch.stack([F.cross_entropy(x, labels) for x in [*alone, logits]])
+class AuxiliaryCE(Joint):
+    """L = sum over m of w_m CE(W_m z^m + b_m, y), plus w CE(logits, y), all weights 1."""
 
-
-class AuxiliaryCE(Rival):
-    """A linear classifier on each modality's features; the sum of all the losses.
-
-    weights: (M + 1,), in the order of `auxiliary_losses`: all 1 here.
-    """
-
-    def __init__(self, model, data, num_classes, config):
-        super().__init__(model, data, num_classes, config)
-        heads = {m: nn.Linear(encoder.dim, num_classes) for m, encoder in model.encoders.items()}
-        self.heads = nn.ModuleDict(heads)
-        self.register_buffer("weights", torch.ones(len(heads) + 1))
+    def __init__(self, model, config):
+        super().__init__(model, config)
+        self.heads = nn.ModuleDict(
+            {m: nn.Linear(encoder.dim, config.num_classes) for m, encoder in model.encoders.items()}
+        )
+        self.register_buffer("weights", torch.ones(len(self.heads) + 1))
 
     def loss(self, logits, features, labels):
-        return self.weights @ auxiliary_losses(self.heads, logits, features, labels)
+        return self.weights @ self.losses(logits, features, labels)
+
+    def losses(self, logits, features, labels):
+        """(M + 1,) cross-entropies: of the head of each modality, and of the fused logits."""
+        alone = [head(features[m].float()) for m, head in self.heads.items()]
+        return torch.stack([F.cross_entropy(x, labels) for x in [*alone, logits]])
 
 
 class GradientBlending(AuxiliaryCE):
-    """Gradient-Blending (Wang et al., CVPR 2020): auxiliary heads with estimated weights.
+    """Gradient-Blending (Wang et al., CVPR 2020): `AuxiliaryCE` with weights w_i ~ G_i / O_i^2.
 
-    A copy of the network is trained on each loss alone. A tenth of the training data is held out of
-    all training, to see by how much a loss really fell. `offline` does so once, for all epochs;
-    `online` every `super_epoch` epochs, from the present network.
+    The weights are estimated by training a copy of the network on each loss alone: `estimate`.
     """
-
-    KNOBS = ("blend", "super_epoch")
-
-    def __init__(self, model, data, num_classes, config):
-        super().__init__(model, data, num_classes, config)
-        order = torch.randperm(len(data), generator=make_generator(config.seed, "held-out"))
-        cut = max(1, len(data) // 10)
-        if cut == len(data):
-            raise UserError("G-Blending holds out a part of the training data; one is too few.")
-        self.data, self.held_out = data.subset(order[cut:]), data.subset(order[:cut])
-        self.super_epoch = config.super_epoch if config.blend == "online" else None
-
-    def start_epoch(self, epoch, epochs, model, forward, build_optimizer, batches):
-        """Estimate the weights if it is time to.
-
-        forward: (network, inputs) -> float32 logits and features; build_optimizer: parameters ->
-        optimizer; batches: (phase, epoch, optimizer) -> batches, having set the learning rate.
-        """
-        length = self.super_epoch or epochs
-        if epoch % length:
-            return
-        gains, overfits = [], []
-        for i in range(len(self.weights)):
-            network, heads = copy.deepcopy((model, self.heads))
-            optimizer = build_optimizer([*network.parameters(), *heads.parameters()])
-            seen, unseen = self.measure(i, network, heads, forward)
-            for step in range(epoch, min(epoch + length, epochs)):
-                network.train()
-                for inputs, labels, _ in batches("blend", step, optimizer):
-                    optimizer.zero_grad()
-                    auxiliary_losses(heads, *forward(network, inputs), labels)[i].backward()
-                    optimizer.step()
-            seen_after, unseen_after = self.measure(i, network, heads, forward)
-            gains.append(unseen - unseen_after)
-            overfits.append((unseen_after - seen_after) - (unseen - seen))
-        if not all(map(math.isfinite, gains + overfits)):
-            raise UserError("G-Blending's trial runs diverged; try a lower --lr.")
-        self.weights.copy_(torch.tensor(blend_weights(gains, overfits)))
-
-    @torch.no_grad()
-    def measure(self, i, network, heads, forward):
-        """Loss i of the training and of the held-out part, in evaluation mode."""
-        network.eval()
-        losses = []
-        for split in (self.data, self.held_out):
-            total = 0.0
-            for inputs, labels, _ in split.batches(256):
-                found = auxiliary_losses(heads, *forward(network, inputs), labels)[i]
-                total += len(labels) * found.item()
-            losses.append(total / len(split))
-        return losses
 
 
 def blend_weights(gains, overfits):
-    """Weights of Gradient-Blending: w_i = G_i / O_i^2, normalised to a sum of 1.
+    """w_i = G_i / O_i^2, normalised to a sum of 1 (Wang et al., Sec. 3.2).
 
     gains:    G_i, how much the held-out loss of head i fell between two checkpoints.
     overfits: O_i, how much the gap between held-out and training loss grew.
@@ -134,17 +101,16 @@ def blend_weights(gains, overfits):
     return [score / total if total > 0 else 1 / len(scores) for score in scores]
 
 
-class OGMGE(Rival):
-    """OGM-GE (Peng et al., CVPR 2022): slow down the modality that is ahead, and add noise."""
+class OGMGE(Joint):
+    """OGM-GE (Peng et al., CVPR 2022): g_m <- k_m g_m + noise ~ N(0, std(g_m)^2), see
+    `ogm_coefficients`. The loss is that of joint training."""
 
-    KNOBS = ("ogm_alpha",)
-
-    def __init__(self, model, data, num_classes, config):
-        super().__init__(model, data, num_classes, config)
+    def __init__(self, model, config):
+        super().__init__(model, config)
         self.alpha = config.ogm_alpha
 
     @torch.no_grad()
-    def modulate(self, model, features, labels):
+    def change_gradients(self, model, features, labels):
         """Scale each encoder's gradients by k_m, and add Gaussian noise of their own size.
 
         Touches convolution kernels, as the authors' code does, or in an encoder without any the
@@ -163,7 +129,7 @@ class OGMGE(Rival):
 
 
 def ogm_coefficients(logits, labels, alpha):
-    """k_m of OGM-GE: modality -> factor on its encoder's gradient.
+    """k_m: modality -> factor on its encoder's gradient (Peng et al., Eq. 9 and 10).
 
     rho_m = (sum of the probabilities that modality m gives the true classes) / (that of the slowest
     other modality); k_m = 1 - tanh(alpha rho_m) where rho_m > 1, else 1.
@@ -181,14 +147,12 @@ def ogm_coefficients(logits, labels, alpha):
     return factors
 
 
-class ModalityDropout(Rival):
-    """In a share of the training samples the fusion head sees zeros in place of one modality's
-    features; which one is drawn at random."""
+class ModalityDropout(Joint):
+    """z^m <- 0 for one modality m of a sample, drawn at random, with probability p; in training,
+    and for the fusion head alone. The loss is that of joint training."""
 
-    KNOBS = ("drop_probability",)
-
-    def __init__(self, model, data, num_classes, config):
-        super().__init__(model, data, num_classes, config)
+    def __init__(self, model, config):
+        super().__init__(model, config)
         self.probability = config.drop_probability
         model.fusion.register_forward_pre_hook(self.drop)
 
@@ -204,58 +168,189 @@ class ModalityDropout(Rival):
         return ({m: z * keep for (m, z), keep in zip(features.items(), kept, strict=True)},)
 
 
-RIVALS = {
+RULES = {
+    "joint": Joint,
     "aux-ce": AuxiliaryCE,
     "g-blending": GradientBlending,
     "ogm-ge": OGMGE,
     "modality-dropout": ModalityDropout,
 }
 
+# ---- Model ----
 
-def build_rival(model, data, num_classes, config):
-    """The hooks of `config.method`; of a method that is no rival, those of joint training."""
-    return RIVALS.get(config.method, Rival)(model, data, num_classes, config).to(config.device)
+# `build_model` of common/networks: an encoder for each modality, and a head on their features.
+FUSIONS = ("concat", "sum", "film", "gated", "mlp", "attention")
 
-
-def check_rivals(methods, fusion, modalities):
-    """UserError for OGM-GE where the logits are no sum of a part for each of several modalities."""
-    if "ogm-ge" not in methods:
-        return
-    if len(modalities) < 2:
-        raise UserError("ogm-ge compares modalities, and there is only one; leave it out.")
-    if fusion not in ("concat", "sum"):
-        raise UserError(
-            f"ogm-ge needs each modality's share of the logits, and --fusion {fusion} does not "
-            "have it; use --fusion concat."
-        )
+# ---- Training ----
 
 
-def rival_knobs(method):
-    """Names of the arguments that decide a rival's result; none for another method."""
-    return list(RIVALS.get(method, Rival).KNOBS)
+def train(run, model, splits, config):
+    """One loop for all rules; of a single modality plain training."""
+    rule = RULES.get(config.method, Joint)(model, config).to(config.device)
+    data, held_out = splits.train, None
+    if config.method == "g-blending":
+        data, held_out = hold_out(splits.train, config)
+    optimizer = build_optimizer([*model.parameters(), *rule.parameters()], config)
+    state = {"model": model, "rule": rule, "optimizer": optimizer}
+    for epoch in run.epochs(state, samples=len(data)):
+        span = config.epochs if config.blend == "offline" else config.super_epoch
+        if held_out and epoch % span == 0:
+            last = min(epoch + span, config.epochs)
+            weights = estimate(run, model, rule, data, held_out, range(epoch, last), config)
+            rule.weights.copy_(torch.tensor(weights))
+        totals = Totals(("loss", "accuracy"), config.device)
+        model.train()
+        for inputs, labels, _ in run.batches(data, optimizer):
+            logits, features = forward(model, inputs, config)
+            loss = rule.loss(logits, features, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            rule.change_gradients(model, features, labels)
+            optimizer.step()
+            totals.add(len(labels), loss, count_correct(logits, labels))
+        training = totals.means()
+        if held_out:
+            training["weights"] = rule.weights.tolist()
+        validation = measure(model, predict(model, splits.val, config), splits.val)
+        run.end_epoch({"train": training, "val": validation})
 
 
-class RUBi(nn.Module):
-    """Cadene et al., NeurIPS 2019: a modality that answers alone masks the predictions in training.
+# ---- The weights of Gradient-Blending ----
 
-        q = MLP(stop-gradient z);  L = sum of CE(logits * sigmoid(q), y) + weight * CE(W q + c, y)
 
-    Where the biased modality is right alone, the masked loss is small, and so is what the network
-    learns from that sample. Trained beside the network and left out at test time.
-    dim: width D of the biased modality's features z (B, D).
+def hold_out(split, config):
+    """The training data without a tenth, and that tenth, which no rule ever trains on."""
+    order = torch.randperm(len(split), generator=make_generator(config.seed, "held-out"))
+    cut = max(1, len(split) // 10)
+    if cut == len(split):
+        raise UserError("G-Blending holds out a part of the training data; one is too few.")
+    return split.subset(order[cut:]), split.subset(order[:cut])
+
+
+def estimate(run, model, rule, data, held_out, epochs, config):
+    """Weights by trial runs: from the present network, one for each loss alone, over `epochs`.
+
+    G_i and O_i of `blend_weights` compare the losses after with those before.
     """
-
-    def __init__(self, dim, num_classes, hidden=128):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            *(nn.Linear(dim, hidden), nn.ReLU()),
-            *(nn.Linear(hidden, hidden), nn.ReLU()),
-            nn.Linear(hidden, num_classes),
+    gains, overfits = [], []
+    for i in range(len(rule.weights)):
+        network, trial = copy.deepcopy((model, rule))
+        optimizer = build_optimizer([*network.parameters(), *trial.parameters()], config)
+        seen, unseen = (mean_loss(i, network, trial, x, config) for x in (data, held_out))
+        for epoch in epochs:
+            network.train()
+            for inputs, labels, _ in run.shuffled(data, "blend", epoch, optimizers=[optimizer]):
+                logits, features = forward(network, inputs, config)
+                optimizer.zero_grad()
+                trial.losses(logits, features, labels)[i].backward()
+                optimizer.step()
+        seen_after, unseen_after = (
+            mean_loss(i, network, trial, x, config) for x in (data, held_out)
         )
-        self.classifier = nn.Linear(num_classes, num_classes)
+        gains.append(unseen - unseen_after)
+        overfits.append((unseen_after - seen_after) - (unseen - seen))
+    if not all(map(math.isfinite, gains + overfits)):
+        raise UserError("G-Blending's trial runs diverged; try a lower --lr.")
+    return blend_weights(gains, overfits)
 
-    def forward(self, z, predictions, labels, weight=1.0):
-        """z: (B, D); predictions: list of logits (B, C); labels: (B,). Returns the loss."""
-        q = self.mlp(z.detach())
-        masked = sum(F.cross_entropy(logits * q.sigmoid(), labels) for logits in predictions)
-        return masked + weight * F.cross_entropy(self.classifier(q), labels)
+
+@torch.no_grad()
+def mean_loss(i, network, rule, split, config):
+    """Loss i over a split, in evaluation mode."""
+    network.eval()
+    total = 0.0
+    for inputs, labels, _ in split.batches(256):
+        logits, features = forward(network, inputs, config)
+        total += len(labels) * rule.losses(logits, features, labels)[i].item()
+    return total / len(split)
+
+
+@torch.no_grad()
+def test(run, model, splits, config):
+    """The test split read once, by the best network on validation and by the last."""
+    run.restore({"model": model}, "best.pt")
+    best = measure(model, predict(model, splits.test, config), splits.test)
+    run.restore({"model": model}, "last.pt")
+    outputs = predict(model, splits.test, config)
+    last = measure(model, outputs, splits.test)
+    for m, found in probe_encoders(lambda x: forward(model, x, config)[1], splits).items():
+        last[m]["probe"] = found
+    summary = run.summarize(last, best) | {"parameters": count_parameters(model)}
+    lines = {"train": "train.accuracy", "validation": "val.accuracy"}
+    return summary, arrays(outputs), {"accuracy (%)": lines}
+
+
+# ---- Command line ----
+
+# Epochs, batches and optimizer are those of pmr.py, so that its method and these can be compared.
+COMMON = {
+    "batch_size": 64,
+    "lr": 1e-3,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "schedule": "step",
+    "epochs": 100,
+}
+RECIPES = {
+    "digits": {**COMMON, "epochs": 20, "lr": 0.01, "schedule": "none"},
+    "av-digits": {**COMMON, "epochs": 20, "lr": 0.01},
+    "synthetic": {**COMMON, "epochs": 30, "lr": 0.05, "schedule": "cosine"},
+    "features": {**COMMON, "epochs": 20, "lr": 0.01, "schedule": "none"},
+    **dict.fromkeys(("cg-mnist", "crema-d", "ave", "vggsound", "modelnet40"), COMMON),
+}
+METHODS = {  # and the flags that decide their results
+    "joint": (),
+    "aux-ce": (),
+    "g-blending": ("blend", "super_epoch"),
+    "ogm-ge": ("ogm_alpha",),
+    "modality-dropout": ("drop_probability",),
+    "unimodal": (),
+}
+COMPARED = ("joint", "aux-ce", "ogm-ge", "modality-dropout")
+
+
+def add_flags(add):
+    add("--ogm-alpha", type=SIZE, default=0.3, metavar="X", help="of ogm-ge (%(default)s)")
+    share = {"type": SHARE, "default": 0.3, "metavar": "X"}
+    add("--drop-probability", **share, help="p of modality-dropout (%(default)s)")
+    kinds = {"choices": ["offline", "online"], "default": "offline"}
+    add("--blend", **kinds, help="g-blending: once, or every super-epoch (%(default)s)")
+    add("--super-epoch", type=number(int, 1), default=5, metavar="N", help="of online blending (5)")
+
+
+def columns(modalities):
+    """Columns of the table: title -> where the number stands in a summary."""
+    found = {"test": "test.accuracy", "macro-F1": "test.macro_f1", "best": "best.test.accuracy"}
+    for m in modalities:
+        found |= {f"{m} head": f"test.{m}.head", f"{m} probe": f"test.{m}.probe"}
+    return found
+
+
+SCRIPT = Script("baselines", __doc__, METHODS, COMPARED, FUSIONS, RECIPES, add_flags)
+
+
+def main(argv=None):
+    """Run the command line; returns the summary of the run, or {"runs": ..., "table": ...}."""
+    command = Command(SCRIPT, argv)
+    if "ogm-ge" in command.methods:
+        if len(command.splits.modalities) < 2:
+            raise UserError("ogm-ge compares modalities, and there is only one; leave it out.")
+        if command.args.fusion not in ("concat", "sum"):
+            raise UserError(
+                "ogm-ge needs each modality's share of the logits, and --fusion "
+                f"{command.args.fusion} does not have it; use --fusion concat."
+            )
+    summaries = []
+    for config in command.configs():
+        run = Run(config)
+        if run.summary is None or config.eval_only:  # a finished run is reported, not trained again
+            model = build_model(config, command.splits)
+            if not config.eval_only:
+                train(run, model, command.splits, config)
+            run.finish(*test(run, model, command.splits, config))
+        summaries.append(run.summary)
+    return command.report(summaries, columns(command.splits.modalities))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -7,64 +7,59 @@ do so during training (conditional learning speed); guided training evens the sp
 
     python greedy_balance.py                                    # bundled digits, a minute on a CPU
     python greedy_balance.py --dataset cg-mnist --method guided --seeds 0 1 2
-    python greedy_balance.py --dataset cg-mnist --device cuda --precision bf16
+    python -m experiments.greedy_balance table1 --seeds 0 1 2   # Table 1 of the paper
 
 Every run leaves its configuration, metrics, predictions, curves and checkpoints in
 runs/greedy_balance/<dataset>/<method>-mmtm[-<knob>=<value>]-seed<k>/. See docs/greedy_balance.md.
+
+Differs from the paper:
+- Modality 0 is the dataset's first (gray). The paper counts the color first: d has the other sign.
+- d_util may leave [-1, 1]: a branch may be better when cut off.
+- Def. 5.1: norms squared, theta before the step, log10, sums over all regular steps: released code.
+- Eq. (13), (14): means of the gates, as in the released code; the text rather reads as gates of the
+  mean activations (--gate-mean before). Released code: each batch weighs the same, re-balancing,
+  validation and test batches are in the means, and modality 1 gets those of modality 0.
+- A window begins one step after its check, and a regular step parts two windows: released code.
+- Validation and test: always a regular pass. Released code: as the last training step left it.
+- Of more than two modalities the one with the largest s is curated: ours.
+- MMTM after the last three of four convolutions, and BatchNorm there: ours. After layer2, layer3,
+  layer4 of a ResNet: released code; the text has "the three final residual blocks".
+- The number of epochs is fixed; the paper trains up to 100 % training accuracy: --until-fitted.
+- Colored digits have validation and test data apart; the paper reports what it selects on.
+- RUBi masks both branches, by the modality with the higher u on val_iid under joint training: ours.
+- ModelNet40 is normalised, and flipped in training, all views alike; text: no pre-processing.
+- Initialisation, color variance (inferred), threshold of `sparsity` and, where Sec. 6 is silent,
+  hyper-parameters: ours, see RECIPES.
 """
 
-import math
-import sys
-from itertools import product
-from types import SimpleNamespace
-from typing import NamedTuple
+import torch.nn.functional as F
+
+from common.command_line import Command, Script, run_command
+from common.device import autocast
+from common.errors import UserError
+from common.evaluation import Totals, arrays, collect, count_correct, probe_encoders
+from common.flags import SIZE, number
+from common.metrics import accuracy, count_parameters
+from common.networks.encoders import initialize
+from common.networks.mmtm import MMTM, SE
+from common.networks.multimodal import build_encoders
+from common.networks.rubi import RUBi
+from common.optimizer import build_optimizer
+from common.run import Run
+from common.seeding import seed_phase
+from common.tasks import Classification
+
+# isort: split
+# ---- Method ----
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
-from common.command_line import (
-    build_parser,
-    check_methods,
-    fill_from_recipe,
-    load_splits,
-    number,
-    recipe_for,
-    run_command,
-    shared_knobs,
-)
-from common.datasets import DATASETS
-from common.encoders import build_encoder, initialize
-from common.errors import UserError
-from common.experiments import (
-    as_flags,
-    correlate,
-    distributions,
-    experiment_folder,
-    log_uniform,
-    paper_columns,
-    print_table,
-    run_experiment,
-    tabulate,
-    trends,
-    without_flag,
-)
-from common.fusion import MMTM, SE
-from common.metrics import accuracy, collect, count_parameters, macro_f1, probe_encoders
-from common.progress import Progress
-from common.rebalance import RUBi
-from common.seeding import seed_phase
-from common.training import (
-    Run,
-    autocast,
-    build_optimizer,
-    pick_device,
-    scheduled_lr,
-    set_lr,
-)
 
-# ---- Method ----
+def fuse(logits):
+    """Eq. (3): the mean of the branches' logits, modality -> (B, C)."""
+    return torch.stack(list(logits.values())).mean(dim=0)
 
 
 def difference(values):
@@ -84,19 +79,17 @@ def utilization(accuracy, accuracy_cut):
 
 def cut_off(block, maps, means):
     """Eq. (7): every branch goes through `block` with its own squeezed features h and the means of
-    the others over the training data (Eq. 6), modality -> (C,); only its own gate is kept."""
-    gated = {}
-    for m in maps:
-        others = {other: mean for other, mean in means.items() if other != m}
-        gated[m] = block(maps, squeezed=others)[0][m]
-    return gated
+    the others over the training data (Eq. 6), modality -> (C,); only its own gate is kept.
+
+    block: (maps, squeezed) -> gated maps first; maps: modality -> (B, C, *space).
+    """
+    others = {m: {k: mean for k, mean in means.items() if k != m} for m in maps}
+    return {m: block(maps, squeezed=others[m])[0][m] for m in maps}
 
 
 def effective_update(parameters):
-    """mu(theta; i) of Def. 5.1: ||gradient||^2 / ||theta||^2, both over all of `parameters`.
-
-    The text says "norm"; that it is squared, and theta that before the step, is the released code.
-    """
+    """mu(theta; i) of Def. 5.1, before the step: ||gradient||^2 / ||theta||^2, all of `parameters`
+    as one vector. Paper: "norm". Released code: squares."""
     gradients = [p.grad for p in parameters]
     return (get_total_norm(gradients) / get_total_norm(parameters)).square()
 
@@ -104,8 +97,8 @@ def effective_update(parameters):
 class LearningSpeed(nn.Module):
     """Conditional learning speed s of every modality's branch, Eq. (11) and (12).
 
-    own, cross: sums over steps of mu(theta_k) and mu(theta_k'): the branch's own parameters, and
-    those of the fusion blocks that feed it (shared squeeze layers and its own excite layers).
+    own, cross: sums over regular steps of mu(theta_k) and mu(theta_k'): parameters of the branch,
+    and of the fusion blocks that feed it (shared squeeze layers and its own excite layers).
     """
 
     def __init__(self, num_modalities):
@@ -117,8 +110,7 @@ class LearningSpeed(nn.Module):
     def update(self, groups):
         """Add a step, after backward and before the optimizer's step.
 
-        groups: a pair (theta_k, theta_k') of parameter lists for each modality. Nothing waits for
-        the device here.
+        groups: a pair (theta_k, theta_k') of parameter lists for each modality.
         """
         self.own += torch.stack([effective_update(own) for own, _ in groups])
         self.cross += torch.stack([effective_update(cross) for _, cross in groups])
@@ -131,11 +123,8 @@ class LearningSpeed(nn.Module):
 class GateMeans(nn.Module):
     """Mean gates over all samples of the regular training steps so far, for Eq. (13) and (14).
 
-    channels: for each fusion block, modality -> C.
-    after:    mean of the gates, after the sigmoid; else sigmoid of the mean activation. Eq. (13)
-              can be read either way; the released code takes the mean after.
-    Released code: the means also take in re-balancing, validation and test batches, weigh batches
-    and not samples, and for modality 1 are those of modality 0.
+    channels: for each fusion block, modality -> C. `block.gate` makes gates of activations w.
+    after:    the mean of the gates; else the gate of the mean activation, another reading.
     """
 
     def __init__(self, channels, after=True):
@@ -216,41 +205,24 @@ class Regular(Guided):
 # ---- Model ----
 
 
-class Output(NamedTuple):
-    """logits, features: modality -> (B, C) and (B, D); squeezed, activations: for each fusion block
-    modality -> (B, C), h and w of Eq. (1)."""
-
-    logits: dict
-    features: dict
-    squeezed: list
-    activations: list
-
-
 class GreedyNet(nn.Module):
-    """A branch for each modality, and a fusion block after each of the last stages (Fig. 1).
-
-    With one modality the blocks are `SE`: the uni-modal network that the paper compares with.
-    """
-
-    BLOCKS = 3
+    """A branch for each modality, and after each of its last three stages a fusion block (Fig. 1):
+    MMTM, or SE in the uni-modal network that the paper compares with."""
 
     def __init__(self, encoders, num_classes, factor=1.0):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
-        self.heads = nn.ModuleDict(
-            {m: nn.Linear(encoder.dim, num_classes) for m, encoder in encoders.items()}
-        )
-        self.heads.apply(initialize)
+        heads = {m: nn.Linear(encoder.dim, num_classes) for m, encoder in encoders.items()}
+        self.heads = nn.ModuleDict(heads).apply(initialize)
         block = MMTM if len(encoders) > 1 else SE
-        self.blocks = nn.ModuleList(
-            block(dict(zip(encoders, channels, strict=True)), factor=factor)
-            for channels in zip(
-                *(e.channels[-self.BLOCKS :] for e in encoders.values()), strict=True
-            )
-        )
+        last = zip(*(e.channels[-3:] for e in encoders.values()), strict=True)
+        self.channels = [dict(zip(encoders, widths, strict=True)) for widths in last]
+        self.blocks = nn.ModuleList(block(widths, factor=factor) for widths in self.channels)
 
     def forward(self, inputs, gates=None, means=None):
-        """gates: for each block, modality -> gate (C,) in place of the computed one, Eq. (13, 14).
+        """Logits (B, K) and features (B, D) by modality; of each block h and w of Eq. (1), (B, C).
+
+        gates: for each block, modality -> gate (C,) in place of the computed one, Eq. (13), (14).
         means: for each block, modality -> (C,): the branches are cut off from each other, Eq. (7).
         """
         maps, squeezed, activations = inputs, [], []
@@ -265,279 +237,182 @@ class GreedyNet(nn.Module):
                 activations.append(w)
         features = {m: encoder.pool(maps[m]) for m, encoder in self.encoders.items()}
         logits = {m: head(features[m]) for m, head in self.heads.items()}
-        return Output(logits, features, squeezed, activations)
+        return logits, features, squeezed, activations
 
     def parameter_groups(self):
         """(theta_k, theta_k') for each modality, see `LearningSpeed`."""
         squeeze = [p for block in self.blocks for p in block.squeeze.parameters()]
-        return [
-            (
-                [*self.encoders[m].parameters(), *self.heads[m].parameters()],
-                [*squeeze, *(p for block in self.blocks for p in block.excite[m].parameters())],
-            )
-            for m in self.encoders
-        ]
-
-
-def fuse(logits):
-    """Eq. (3): the mean of the branches' logits."""
-    return torch.stack(list(logits.values())).mean(dim=0)
+        groups = []
+        for m, encoder in self.encoders.items():
+            own = [*encoder.parameters(), *self.heads[m].parameters()]
+            excite = [p for block in self.blocks for p in block.excite[m].parameters()]
+            groups.append((own, squeeze + excite))
+        return groups
 
 
 def build_model(config, splits):
-    """The network of a method, initialised from the run's seed.
-
-    BatchNorm after every convolution, for the gates, a half each at first, shrink the maps three
-    times.
-    """
+    """The network of a run, initialised from its seed."""
     seed_phase(config.seed, "initialisation")
-    modalities = splits.modalities
-    if config.method.startswith("unimodal-"):
-        modalities = (config.method.removeprefix("unimodal-"),)
-    options = {"dim": None, "batch_norm": True, "pretrained": config.pretrained}
-    encoders = {m: build_encoder(config.dataset, splits.shapes[m], **options) for m in modalities}
-    model = GreedyNet(encoders, splits.num_classes, config.gate_factor)
+    # BatchNorm after every convolution, as the gates, a half each at first, shrink the maps.
+    encoders = build_encoders(config, splits, dim=None, batch_norm=True)
+    model = GreedyNet(encoders, config.num_classes, config.gate_factor)
     return model.to(config.device, memory_format=torch.channels_last)
+
+
+def forward(model, inputs, config, **options):
+    """`GreedyNet.forward` with its options, logits and features in float32."""
+    with autocast(config):
+        logits, features, *rest = model(inputs, **options)
+    logits, features = ({m: x.float() for m, x in found.items()} for found in (logits, features))
+    return logits, features, *rest
 
 
 # ---- Training ----
 
 
-class Balance(nn.Module):
-    """What balanced training keeps beside the network: speeds and mean gates."""
-
-    def __init__(self, model, config):
-        super().__init__()
-        self.speed = LearningSpeed(len(model.encoders))
-        channels = [{m: e.out_features for m, e in b.excite.items()} for b in model.blocks]
-        self.gate_means = GateMeans(channels, after=config.gate_mean == "after")
-
-
 def train(run, model, splits, config):
     """Algorithm 1. `joint`, `rubi` and `unimodal-*` are the same loop with regular steps only."""
-    balance = Balance(model, config).to(config.device)
-    kind = {"guided": Guided, "random": Random}.get(config.method, Regular)
-    policy = kind(list(model.encoders), config.tolerance, config.window)
-    rubi = None
+    modalities, groups = config.modalities, model.parameter_groups()
+    speed = LearningSpeed(len(modalities))
+    gate_means = GateMeans(model.channels, after=config.gate_mean == "after")
+    policies = {"guided": Guided, "random": Random}
+    policy = policies.get(config.method, Regular)(modalities, config.tolerance, config.window)
+    balance = nn.ModuleDict({"speed": speed, "gate_means": gate_means}).to(config.device)
+    state = {"model": model, "balance": balance, "policy": policy}
+    parameters = list(model.parameters())
     if config.method == "rubi":
-        rubi = RUBi(model.encoders[config.biased].dim, splits.num_classes).to(config.device)
-    parameters = [*model.parameters(), *(rubi.parameters() if rubi else ())]
-    momentum = 0.0 if config.dataset == "modelnet40" else 0.9  # [P]
-    optimizer = build_optimizer(
-        config.optimizer, parameters, config.lr, config.weight_decay, momentum
-    )
-    state = {"model": model, "balance": balance, "policy": policy, "optimizer": optimizer}
-    if rubi:
-        state["rubi"] = rubi
-    first_epoch = run.start(state)
-    steps = math.ceil(len(splits.train) / config.batch_size)
-    progress = Progress(run.label, config.epochs, steps, first_epoch)
-    for epoch in range(first_epoch, config.epochs):
+        biased = biased_modality(config)
+        state["rubi"] = rubi = RUBi(model.encoders[biased].dim, config.num_classes)
+        parameters += rubi.to(config.device).parameters()
+    state["optimizer"] = optimizer = build_optimizer(parameters, config)
+    for epoch in run.epochs(state):
         if config.until_fitted and epoch and run.history[-1]["train"]["accuracy"] == 100:
             break
-        generator = seed_phase(config.seed, "train", epoch)
-        set_lr(optimizer, scheduled_lr(config.schedule, config.lr, epoch, config.epochs))
-        batches = progress(splits.train.batches(config.batch_size, generator, augment=True))
-        warm_up = epoch == 0
-        entry = train_epoch(model, balance, policy, rubi, optimizer, batches, config, warm_up)
-        validation, _ = evaluate(model, splits.val, config)
-        run.check_finite(entry["train"]["loss"] + validation["loss"])
-        run.end_epoch({**entry, "val": validation}, state)
-    progress.close()
-
-
-def train_epoch(model, balance, policy, rubi, optimizer, batches, config, warm_up):
-    """One pass over the training data; totals and speeds stay on the device until its end."""
-    model.train()
-    groups = model.parameter_groups()
-    modalities = list(model.encoders)
-    totals = torch.zeros(3 + len(modalities), device=config.device)
-    curated, speeds = [], []
-    for inputs, labels, _ in batches:
-        chosen = policy.curated
-        gates = balance.gate_means.gates(model.blocks, chosen) if chosen else None
-        with autocast(config.device, config.precision):
-            output = model(inputs, gates=gates)
-        logits = {m: x.float() for m, x in output.logits.items()}
-        loss = training_loss(model, logits, output.features, labels, rubi, config)
-        optimizer.zero_grad()
-        loss.backward()
-        if chosen is None and len(modalities) > 1:  # a regular step
-            balance.speed.update(groups)
-            balance.gate_means.update(model.blocks, output.activations)
-        optimizer.step()
-        policy.after_step(balance.speed, warm_up)
-        with torch.no_grad():
-            predictions = [fuse(logits), *logits.values()]
-            correct = [(x.argmax(dim=1) == labels).sum() for x in predictions]
-            samples = torch.full_like(loss, len(labels))
-            totals += torch.stack([samples, samples * loss, *correct])
+        totals = Totals(("loss", "accuracy", *(f"{m} accuracy" for m in modalities)), config.device)
+        curated, speeds = [], []
+        model.train()
+        for inputs, labels, _ in run.batches(splits.train, optimizer):
+            chosen = policy.curated  # None: a regular step
+            gates = gate_means.gates(model.blocks, chosen) if chosen else None  # Eq. (13), (14)
+            logits, features, _, activations = forward(model, inputs, config, gates=gates)
+            if config.method == "rubi":
+                loss = rubi(features[biased], list(logits.values()), labels)
+            else:
+                loss = sum(F.cross_entropy(x, labels) for x in logits.values())  # Eq. (4)
+            if config.l1 > 0:  # Sec. 6.3
+                loss = loss + config.l1 * sum(p.abs().sum() for p in model.parameters())
+            optimizer.zero_grad()
+            loss.backward()
+            if chosen is None and len(modalities) > 1:
+                speed.update(groups)
+                gate_means.update(model.blocks, activations)
+            optimizer.step()
+            policy.after_step(speed, warm_up=epoch == 0)
+            correct = [count_correct(x, labels) for x in (fuse(logits), *logits.values())]
+            totals.add(len(labels), loss, *correct)
             curated.append(chosen)
-            speeds.append(balance.speed.speeds())
-    samples, loss, *correct = totals.tolist()
-    shares = [100 * count / samples for count in correct]
-    branches = {m: {"branch": share} for m, share in zip(modalities, shares[1:], strict=True)}
-    entry = {"train": {"loss": loss / samples, "accuracy": shares[0], **branches}}
-    if len(modalities) > 1:
-        speeds = torch.stack(speeds).tolist()
-        entry["speed"] = dict(zip(modalities, speeds[-1], strict=True))
-        entry["d_speed"] = difference(speeds[-1])
-        entry["steps"] = {"d_speed": [difference(s) for s in speeds], "curated": curated}
-    return entry
+            speeds.append(speed.speeds())
+        validation, _ = evaluate(model, splits.val, config)
+        entry = epoch_entry(totals.means(), modalities, curated, speeds)
+        run.end_epoch(entry | {"val": validation})
 
 
-def training_loss(model, logits, features, labels, rubi, config):
-    """Eq. (4): the sum of the branches' cross-entropies; masked by RUBi; with the L1 norm of all
-    parameters if that has a weight (Sec. 6.3)."""
-    if rubi:
-        loss = rubi(features[config.biased].float(), list(logits.values()), labels)
-    else:
-        loss = sum(F.cross_entropy(x, labels) for x in logits.values())
-    if config.l1 > 0:
-        loss = loss + config.l1 * sum(p.abs().sum() for p in model.parameters())
-    return loss
+def biased_modality(config):
+    """RUBi's: the one named, or the one with the higher u on val_iid under joint training."""
+    if config.biased:
+        return config.biased
+    (joint,) = config.needs
+    metrics = Run(joint).summary["val_iid"]
+    first, second = config.modalities
+    return second if metrics[first]["u"] > metrics[second]["u"] else first  # u of 0 is u(m1 | m0)
+
+
+def epoch_entry(train, modalities, curated, speeds):
+    """What the history keeps: means of an epoch's totals, and by step what was curated and s."""
+    train |= {m: {"branch": train.pop(f"{m} accuracy")} for m in modalities}
+    if len(modalities) == 1:
+        return {"train": train}
+    speeds = torch.stack(speeds).tolist()  # until now on the device
+    d_speed = [difference(s) for s in speeds]
+    last = {"speed": dict(zip(modalities, speeds[-1], strict=True)), "d_speed": d_speed[-1]}
+    return {"train": train, **last, "steps": {"d_speed": d_speed, "curated": curated}}
 
 
 @torch.no_grad()
 def squeezed_means(model, split, config):
     """Eq. (6): for each fusion block, modality -> mean of h over `split` (C,), evaluation mode."""
     model.eval()
-    sums = [{} for _ in model.blocks]
+    sums = [dict.fromkeys(model.encoders, 0) for _ in model.blocks]
     for inputs, _, _ in split.batches(256):
-        with autocast(config.device, config.precision):
-            squeezed = model(inputs).squeezed
-        for total, h in zip(sums, squeezed, strict=True):
+        for total, h in zip(sums, forward(model, inputs, config)[2], strict=True):
             for m in h:
-                total[m] = total.get(m, 0) + h[m].double().sum(dim=0)
+                total[m] = total[m] + h[m].double().sum(dim=0)
     return [{m: (x / len(split)).float() for m, x in total.items()} for total in sums]
 
 
-def forward_split(model, split, config, means=None):
-    """Logits of the branches and labels of a whole split, in evaluation mode and in float32.
-
-    Always in regular mode. Released code: with the gates that the last training step left.
-    """
-
-    def forward(inputs):
-        with autocast(config.device, config.precision):
-            logits = model(inputs, means=means).logits
-        return {m: x.float() for m, x in logits.items()}
-
+def predict(model, split, config, means=None):
+    """Logits of the branches, `labels` and `index` of a whole split, in evaluation mode."""
     model.eval()
-    return collect(forward, split)
+    return collect(lambda inputs: forward(model, inputs, config, means=means)[0], split)
 
 
 def evaluate(model, split, config, means=None):
-    """Accuracies and macro-F1 of `split` in percent, its loss, and what it predicts, as arrays.
+    """Metrics of a split, and its outputs; the loss is that of Eq. (4).
 
     Of each branch: its accuracy A(f_k) (`branch`); with the training means also that cut off from
     the others, A(f_k') (`cut`), what they add to it (`u`), and `d_util` (Def. 4.1).
     """
-    outputs = forward_split(model, split, config)
+    outputs = predict(model, split, config)
     labels, logits = outputs["labels"], {m: outputs[m] for m in model.encoders}
-    fused = fuse(logits)
-    metrics = {
-        "accuracy": accuracy(fused, labels),
-        "macro_f1": macro_f1(fused, labels),
-        "loss": sum(F.cross_entropy(x, labels).item() for x in logits.values()),
-    }
+    outputs["logits"] = fuse(logits)
+    metrics = Classification.measure(outputs["logits"], labels)
+    metrics["loss"] = sum(F.cross_entropy(x, labels).item() for x in logits.values())
     if len(logits) == 1:
-        metrics[next(iter(logits))] = {"alone": metrics["accuracy"]}
-    else:
-        metrics |= {m: {"branch": accuracy(x, labels)} for m, x in logits.items()}
-    if means and len(logits) > 1:
-        cut = forward_split(model, split, config, means)
+        return metrics | {m: {"alone": metrics["accuracy"]} for m in logits}, outputs
+    metrics |= {m: {"branch": accuracy(x, labels)} for m, x in logits.items()}
+    if means:
+        cut = predict(model, split, config, means)
         for m in logits:
             metrics[m]["cut"] = accuracy(cut[m], labels)
             metrics[m]["u"] = utilization(metrics[m]["branch"], metrics[m]["cut"])
         metrics["d_util"] = difference([metrics[m]["u"] for m in logits])
-    predictions = {"index": outputs["index"], "label": labels, "logits": fused}
-    predictions |= {f"logits_{m}": x for m, x in logits.items()}
-    return metrics, {name: tensor.cpu().numpy() for name, tensor in predictions.items()}
-
-
-def run_method(args, defaults, method, seed, splits, device):
-    """Train and test one method with one seed; a finished run is reported, not trained again."""
-    config = SimpleNamespace(**{**vars(args), "method": method, "seed": seed, "device": device})
-    config.fusion = None if method.startswith("unimodal-") else "mmtm"
-    arguments = {"script": "greedy_balance", "seed": seed}
-    arguments |= {knob: getattr(config, knob) for knob in knobs_of(config)}
-    if method == "rubi" and not config.biased:  # found by joint training, which is trained once
-        again = SimpleNamespace(**{**vars(args), "overwrite": False, "resume": True})
-        joint = run_method(again, defaults, "joint", seed, splits, device)
-        config.biased = more_used(joint["val_iid"], splits.modalities)
-    run = Run(arguments, defaults, splits.sizes, device, args)
-    if run.summary is not None and not args.eval_only:
-        return run.summary
-    model = build_model(config, splits)
-    if args.eval_only:
-        return test(run, model, splits, config)[0]
-    train(run, model, splits, config)
-    summary, predictions = test(run, model, splits, config)
-    run.finish(summary, predictions, *curves(run.history, list(model.encoders)))
-    return summary
-
-
-def more_used(metrics, modalities):
-    """The modality with the higher conditional utilization rate, which RUBi takes for biased."""
-    first, second = modalities
-    return second if metrics[first]["u"] > metrics[second]["u"] else first  # u of 0 is u(m1 | m0)
-
-
-def test(run, model, splits, config):
-    """The summary: the test split read once, by the last network and the best on validation."""
-    found = {}
-    for name in ("best.pt", "last.pt"):
-        run.restore({"model": model}, name)
-        means = squeezed_means(model, splits.train, config)
-        test, predictions = evaluate(model, splits.test, config, means)
-        found[name] = (test, evaluate(model, splits.val_iid, config, means)[0])
-    for m, value in probe(model, splits, config, means).items():
-        found["last.pt"][0][m]["probe"] = value
-    summary = run.summarize(found["last.pt"][0], found["best.pt"][0])
-    summary["parameters"] = count_parameters(model)
-    summary["epochs"] = len(run.history)
-    summary["val_iid"] = found["last.pt"][1]
-    summary["best"]["val_iid"] = found["best.pt"][1]
-    if "d_speed" in run.history[-1]:
-        summary["d_speed"] = run.history[-1]["d_speed"]
-        summary["speed"] = run.history[-1]["speed"]
-        summary["best"]["d_speed"] = run.history[run.best["epoch"]]["d_speed"]
-    small = sum((p.abs() < SMALL).sum().item() for p in model.parameters())
-    summary["sparsity"] = small / sum(p.numel() for p in model.parameters())
-    if config.method == "rubi":
-        summary["biased"] = config.biased
-    return summary, predictions
+    return metrics, outputs
 
 
 @torch.no_grad()
-def probe(model, splits, config, means):
-    """Linear probes of the branches, cut off from each other, modality -> percent."""
+def test(run, model, splits, config):
+    """The test split read once, by the best network on validation and by the last."""
+    found, iid = {}, {}
+    for name in ("best.pt", "last.pt"):
+        run.restore({"model": model}, name)
+        means = squeezed_means(model, splits.train, config)
+        found[name], outputs = evaluate(model, splits.test, config, means)
+        iid[name], _ = evaluate(model, splits.val_iid, config, means)
+    probes = probe_encoders(lambda x: forward(model, x, config, means=means)[1], splits)
+    for m, value in probes.items():  # of the branches, cut off from each other
+        found["last.pt"][m]["probe"] = value
+    summary = run.summarize(found["last.pt"], found["best.pt"])
+    summary |= {"parameters": count_parameters(model), "epochs": len(run.history)}
+    small = sum((p.abs() < SMALL).sum().item() for p in model.parameters())
+    summary |= {"sparsity": small / summary["parameters"], "val_iid": iid["last.pt"]}
+    summary["best"]["val_iid"] = iid["best.pt"]
+    if len(config.modalities) > 1:
+        summary |= {name: run.history[-1][name] for name in ("d_speed", "speed")}
+        summary["best"]["d_speed"] = run.history[run.best["epoch"]]["d_speed"]
+    if config.method == "rubi":
+        summary["biased"] = biased_modality(config)
+    predictions = arrays(outputs) | {f"logits_{m}": outputs[m] for m in model.encoders}
+    return summary, predictions, *curves(run.history, config)
 
-    def encode(inputs):
-        with autocast(config.device, config.precision):
-            features = model(inputs, means=means).features
-        return {m: z.float() for m, z in features.items()}
 
-    model.eval()
-    return probe_encoders(encode, splits.train, splits.test)
-
-
-def curves(history, modalities):
-    """Panels of curves.png by epoch, and d_speed by step with the curated modality of each step."""
-    panel = {
-        "train": [epoch["train"]["accuracy"] for epoch in history],
-        "validation": [epoch["val"]["accuracy"] for epoch in history],
-    }
-    if len(modalities) == 1:
-        return {"accuracy (%)": panel}, None
-    for m in modalities:
-        panel[f"{m} branch"] = [epoch["val"][m]["branch"] for epoch in history]
-    steps = {
-        name: [value for epoch in history for value in epoch["steps"][name]]
-        for name in ("d_speed", "curated")
-    }
-    return {"accuracy (%)": panel}, steps
+def curves(history, config):
+    """For curves.png: accuracies by epoch; d_speed and the curated modality by step."""
+    paths = {"train": "train.accuracy", "validation": "val.accuracy"}
+    panels = {"accuracy (%)": paths | {f"{m} branch": f"val.{m}.branch" for m in config.modalities}}
+    if len(config.modalities) == 1:
+        return panels, None
+    names = ("d_speed", "curated")
+    return panels, {name: [x for entry in history for x in entry["steps"][name]] for name in names}
 
 
 # ---- Command line ----
@@ -547,12 +422,14 @@ def curves(history, modalities):
 COMMON = {
     "batch_size": 128,  # [P] for colored-and-gray MNIST
     "lr": 0.01,  # [P]
+    "momentum": 0.9,  # [P]
     "weight_decay": 0.0,
     "schedule": "none",
     "tolerance": 0.1,  # [P]
     "window": 5,  # [P]
 }
 CLIPS = {**COMMON, "epochs": 100, "batch_size": 64, "lr": 1e-3, "num_frames": 1}  # as in pmr.py
+VIEWS = {"batch_size": 8, "lr": 0.1, "momentum": 0.0, "tolerance": 0.01}  # [P]
 RECIPES = {
     "digits": {**COMMON, "epochs": 30, "color_variance": 0.02},
     "cg-mnist": {**COMMON, "epochs": 30, "color_variance": 0.02},
@@ -560,61 +437,43 @@ RECIPES = {
     "synthetic": {**COMMON, "epochs": 30},
     "features": {**COMMON, "epochs": 20},
     **dict.fromkeys(("crema-d", "ave", "vggsound"), CLIPS),
-    "modelnet40": {**COMMON, "epochs": 50, "batch_size": 8, "lr": 0.1, "tolerance": 0.01},  # [P]
+    "modelnet40": {**COMMON, **VIEWS, "epochs": 50},
 }
-METHODS = ("joint", "rubi", "random", "guided")
-SMALL = 1e-3  # a parameter below counts as zero in `sparsity`; the paper's threshold is lost
-# Grids of the experiments: the paper's are lost, or only drawn. RATES is the range to sample from.
-RATES = (1e-3, 1e-1)
-L1_GRID = [{"l1": x} for x in (0.0, *(10 ** (-7 + i / 2) for i in range(9)))]
-TOLERANCES, WINDOWS = (0.01, 0.03, 0.1, 0.3, 1.0), (1, 2, 5, 10, 20)
-EXPERIMENTS = ("table1", "sweep", "l1", "sensitivity")
+SMALL = 1e-3  # a parameter below counts as zero in `sparsity`; the paper's threshold is not stated
+SHARED = ("duplicate", "gate_factor", "l1", "until_fitted")
+METHODS = {  # and the flags that decide their results
+    "guided": (*SHARED, "tolerance", "window", "gate_mean"),
+    "random": (*SHARED, "gate_mean"),
+    "joint": SHARED,  # the paper's vanilla
+    "rubi": (*SHARED, "biased"),
+    "unimodal": SHARED,
+}
 
 
-def knobs_of(config):
-    """Names of the arguments that decide a run's result, by method."""
-    common = [*shared_knobs(config.dataset), "duplicate", "gate_factor", "l1", "until_fitted"]
-    own = {"guided": ["tolerance", "window", "gate_mean"], "random": ["gate_mean"]}
-    return common + {**own, "rubi": ["biased"]}.get(config.method, [])
-
-
-def parse_args(argv=None):
-    """The command line with the dataset's recipe filled in, and the defaults of all flags."""
-    parser = build_parser(
-        __doc__,
-        method_help="joint (the paper's vanilla), random, guided, rubi, unimodal-<modality>; "
-        "default: guided beside random, joint and each modality alone, on large data guided",
-        fusions=["mmtm"],
-        experiments=EXPERIMENTS,
-    )
-    add = parser.add_argument_group("Greedy").add_argument
-    positive = number(float, 0, open_low=True)
-    add("--tolerance", type=number(float, 0), metavar="X", help="alpha: largest |d_speed| let be")
+def add_flags(add):
+    add("--tolerance", type=SIZE, metavar="X", help="alpha: largest |d_speed| let be")
     add("--window", type=number(int, 1), metavar="N", help="Q: re-balancing steps in a row")
-    add(
-        "--gate-mean",
-        choices=["after", "before"],
-        default="after",
-        help="Eq. (13): mean after or before the sigmoid (%(default)s)",
-    )
-    add("--gate-factor", type=positive, default=1.0, metavar="X", help="MMTM paper: 2 (1)")
+    means = {"choices": ["after", "before"], "default": "after"}
+    add("--gate-mean", **means, help="Eq. (13): mean after or before the sigmoid (%(default)s)")
+    factor = {"type": number(float, 0, open_low=True), "default": 1.0, "metavar": "X"}
+    add("--gate-factor", **factor, help="of the sigmoid; MMTM paper: 2 (1)")
     add("--biased", metavar="MODALITY", help="for rubi; default: the more used one under joint")
     add("--duplicate", metavar="MODALITY", help="train on this modality twice, named m and m-2")
-    add("--l1", type=number(float, 0), default=0.0, metavar="X", help="weight of the L1 norm (0)")
+    add("--l1", type=SIZE, default=0.0, metavar="X", help="weight of the L1 norm (0)")
     add("--until-fitted", action="store_true", help="stop at 100 %% training accuracy")
-    add("--rates", type=number(int, 1), default=20, metavar="N", help="of the sweep (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.experiment == "sweep" and args.lr is not None:
-        raise UserError("The sweep draws its own learning rates; leave out --lr.")
-    if args.experiment == "l1" and args.l1 > 0:
-        raise UserError("--experiment l1 has its own weights of the norm; leave out --l1.")
-    defaults = fill_from_recipe(parser, args, recipe_for(args.dataset, RECIPES))
-    return args, defaults
 
 
-def load_modalities(args, device):
-    """The splits, with one modality twice if that is asked for."""
-    splits = load_splits(args, device)
+def columns(modalities):
+    """Columns of the table: title -> where the number stands in a summary."""
+    found = {"test": "test.accuracy", "best": "best.test.accuracy"}
+    for m in modalities:
+        others = " ".join(other for other in modalities if other != m)
+        found |= {f"{m} branch": f"test.{m}.branch", f"u({others}|{m})": f"test.{m}.u"}
+    return found | {"d_util": "test.d_util", "d_util (iid)": "val_iid.d_util", "d_speed": "d_speed"}
+
+
+def prepare(args, splits):
+    """The splits, with one modality twice in place of all where --duplicate asks for it."""
     for flag in ("biased", "duplicate"):
         name = getattr(args, flag)
         if name is not None and name not in splits.modalities:
@@ -622,149 +481,41 @@ def load_modalities(args, device):
                 f"There is no modality {name!r} in {args.dataset} for --{flag}; choose from "
                 f"{', '.join(splits.modalities)}."
             )
-    if args.duplicate is None:
-        return splits
-    if args.biased:
+    if args.duplicate and args.biased:
         raise UserError("With --duplicate no modality is the biased one; leave out --biased.")
-    return duplicate(splits, args.duplicate)
+    return splits.doubled(args.duplicate) if args.duplicate else splits
 
 
-def duplicate(splits, modality):
-    """The same splits with `modality` and its copy in place of all modalities."""
-
-    def twice(inputs):
-        return {modality: inputs[modality], f"{modality}-2": inputs[modality]}
-
-    def copy(split):
-        doubled = split.stored(lambda tensor: tensor, split.index, lambda x: twice(split.render(x)))
-        if split.augment:  # changes at random, the same ones in both
-            doubled.augment = lambda inputs, generator: twice(
-                split.augment({modality: inputs[modality]}, generator)
-            )
-        return doubled
-
-    splits = splits.map(copy)
-    splits.modalities = (modality, f"{modality}-2")
-    return splits
-
-
-def choose_methods(args, modalities):
-    """The methods to run: those named, else a comparison, or guided alone where data are large."""
-    unimodal = [f"unimodal-{m}" for m in modalities]
-    compared = [*unimodal, "joint", "random", "guided"]
-    methods = args.method or (compared if DATASETS[args.dataset].small else ["guided"])
-    if len(modalities) == 1 and set(methods) & set(METHODS):
-        raise UserError(
-            f"{args.dataset} has one modality, and nothing to balance; use --method {unimodal[0]}."
-        )
-    if "rubi" in methods and len(modalities) != 2 and not args.biased:
-        raise UserError(f"Of {len(modalities)} modalities, name the biased one by --biased.")
-    return check_methods(methods, (*METHODS, *unimodal), args.dataset)
-
-
-def columns_of(modalities):
-    """Columns of the tables: title -> where the number stands in a summary."""
-    columns = {"test": "test.accuracy", "best": "best.test.accuracy"}
-    for m in modalities:
-        others = " ".join(other for other in modalities if other != m)
-        columns |= {f"{m} branch": f"test.{m}.branch", f"u({others}|{m})": f"test.{m}.u"}
-    columns |= {"d_util": "test.d_util", "d_util (iid)": "val_iid.d_util", "d_speed": "d_speed"}
-    columns |= {f"|{title}|": f"|{columns[title]}|" for title in ("d_util", "d_speed")}
-    return {**columns, "sparsity": "sparsity"}
-
-
-def tabulate_runs(runs, modalities):
-    """A row for each method; rates and speeds with three decimals."""
-    columns = columns_of(modalities)
-    rates = [title for title in columns if title[:2] in ("u(", "d_", "|d", "sp")]
-    return tabulate(runs, columns, dict.fromkeys(rates, 3))
-
-
-def run_all(argv):
-    """Run every method with every seed: {"runs": summaries, "table": one row for each method}."""
-    args, defaults = parse_args(argv)
-    device = pick_device(args.device)
-    splits = load_modalities(args, device)
-    methods = choose_methods(args, splits.modalities)
-    runs = [
-        run_method(args, defaults, method, seed, splits, device)
-        for seed in args.seeds
-        for method in methods
-    ]
-    table = tabulate_runs(runs, splits.modalities)
-    shown = [{key: row[key] for key in list(row)[:-3]} for row in table]
-    print_table(shown, "greedy_balance", args)
-    return {"runs": runs, "table": table}
-
-
-def experiment(args, defaults, argv):
-    """Table 1, or the runs behind Figures 2, 5 and 7 (sweep), 4 and 8 (l1), 9 (sensitivity)."""
-    modalities = load_modalities(args, torch.device("cpu")).modalities
-    methods, grid, columns, figure = {
-        "table1": ([*(f"unimodal-{m}" for m in modalities), *METHODS], [{}], None, None),
-        "sweep": (
-            ["joint", "random", "guided"],
-            [{"lr": rate} for rate in log_uniform(args.rates, *RATES)],
-            None,
-            distributions(["test.d_util", "val_iid.d_util", "d_speed"]),
-        ),
-        "l1": (["joint"], L1_GRID, ["sparsity", "|d_util|", "|d_speed|", "test"], trends(["l1"])),
-        "sensitivity": (
-            ["guided"],
-            sensitivity_grid(args),
-            ["test", "d_util", "d_speed"],
-            trends(["tolerance", "window"]),
-        ),
-    }[args.experiment]
-    methods = args.method or methods
-    argv = without_flag(sys.argv[1:] if argv is None else argv, "--experiment")
-    argv = [*argv, "--method", *methods]  # of a flag that is there twice the last one counts
-    args.fusion = "mmtm"
-    configs = [SimpleNamespace(**{**vars(args), "method": method}) for method in methods]
-    knobs = dict.fromkeys(knob for config in configs for knob in knobs_of(config))
-    arguments = {knob: getattr(args, knob) for knob in knobs}
-    folder = experiment_folder("greedy_balance", args, arguments, defaults, fusion="mmtm")
-    arguments |= {"method": methods, "seeds": args.seeds}
-    twice = f", {args.duplicate} twice" if args.duplicate else ""
-    on_the_papers_data = (args.experiment, args.dataset) == ("table1", "cg-mnist")
-    return run_experiment(
-        run_all,
-        [(knobs, [*argv, *as_flags(knobs)]) for knobs in grid],
-        arguments,
-        folder,
-        title=f"{args.experiment} on {args.dataset}" + twice,
-        columns=columns,
-        pairs=[("random", "joint"), ("guided", "joint"), ("guided", "random")],
-        paper=on_the_papers_data and (lambda row: paper_columns("greedy_table1", "table1", row)),
-        pool=(lambda runs: pool(runs, modalities)) if args.experiment == "sweep" else None,
-        figure=figure,
-    )
-
-
-def sensitivity_grid(args):
-    """Each of tolerance and window in turn, the other one as it is."""
-    grid = [*product(TOLERANCES, [args.window]), *product([args.tolerance], WINDOWS)]
-    return [{"tolerance": x, "window": q} for x, q in dict.fromkeys(grid)]
-
-
-def pool(runs, modalities):
-    """A row for each method over all rates and seeds: E[d_util] of Sec. 4.2 with its spread, and
-    how d_speed and d_util go together."""
-    rows = tabulate_runs(runs, modalities)
-    for row in rows:
-        own = [run for run in runs if run["method"] == row["method"]]
-        row["r(d_speed, d_util)"] = correlate(own, "d_speed", "test.d_util")
-        row["r(d_speed, d_util iid)"] = correlate(own, "d_speed", "val_iid.d_util")
-    return rows
+SCRIPT = Script(
+    *("greedy_balance", __doc__, METHODS, ("joint", "random", "guided"), ("mmtm",), RECIPES),
+    add_flags,
+    needs={"rubi": lambda args: () if args.biased else ("joint",)},
+)
 
 
 def main(argv=None):
     """Run the command line; returns the summary of the run, or {"runs": ..., "table": ...}."""
-    args, defaults = parse_args(argv)
-    if args.experiment:
-        return experiment(args, defaults, argv)
-    result = run_all(argv)
-    return result["runs"][0] if len(result["runs"]) == 1 else result
+    command = Command(SCRIPT, argv, prepare)
+    args, modalities = command.args, command.splits.modalities
+    if len(modalities) == 1 and METHODS.keys() & set(command.methods):
+        raise UserError(
+            f"{args.dataset} has one modality, and nothing to balance; "
+            f"use --method unimodal-{modalities[0]}."
+        )
+    if "rubi" in command.methods and len(modalities) != 2 and not args.biased:
+        raise UserError(f"Of {len(modalities)} modalities, name the biased one by --biased.")
+    summaries = []
+    for config in command.configs():
+        run = Run(config)
+        if run.summary is None or config.eval_only:  # a finished run is reported, not trained again
+            model = build_model(config, command.splits)
+            if not config.eval_only:
+                train(run, model, command.splits, config)
+            run.finish(*test(run, model, command.splits, config))
+        summaries.append(run.summary)
+    shown = columns(modalities)
+    rates = [title for title in shown if title.startswith(("u(", "d_"))]
+    return command.report(summaries, shown, dict.fromkeys(rates, 3))
 
 
 if __name__ == "__main__":

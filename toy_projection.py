@@ -1,47 +1,55 @@
-"""Toy study of Multi-head Modularization (Lee et al., AAAI 2022), Sections 3 and 4.
+"""Toy study of Multi-head Modularization (MHM; Lee et al., AAAI 2022), Sections 3 and 4.
 https://doi.org/10.1609/aaai.v36i7.20698
 
 A modality is a projection of the world: the points of two moons or of a swiss roll are seen only
-through their coordinates on a few lines. Table 1 asks how networks generalise when the lines
-change, Table 2 whether training one embedding against several heads in turn (MHM) helps them.
+through their coordinates on a few lines. How well does a network generalise when the lines change
+(Table 1), and does it help to train one embedding against several heads in turn, MHM (Table 2)?
 
-    python toy_projection.py                              # Tables 1 and 2, 20 seeds, figures
-    python toy_projection.py --regime overtrained
-    python toy_projection.py --dataset moons --seeds 0 1 2 --device cuda
+    python toy_projection.py                                # both datasets, 20 seeds, a minute
+    python toy_projection.py --dataset moons --regime overtrained --seeds 0 1 2
+    python -m experiments.toy_projection tables             # Tables 1 and 2 of the paper, figures
 
-All seeds of a configuration train at once, as a leading batch axis. The tables, their JSON and the
-figures are written to runs/toy_projection/<regime>/. See docs/toy_projection.md.
+The seeds of a cell (dataset, set of lines, fusion, method) train at once, as a leading axis of
+runs. The errors of every run are written to errors.json in
+runs/toy_projection/<regime>[-<knob>=<value>]/. See docs/toy_projection.md.
+
+Differs from the paper:
+- Networks, optimizers and epochs are in a supplement that is not available: see REGIMES, ours.
+- Noise, and the swiss roll's parameters and classes, are not given: see REGIMES, `draw_points`.
+- An epoch of MHM is one round: H^k, then E^k, together one pass over the data. K = 4 is ours.
+- There is no validation split and no rule for it: the head that was trained last is deployed.
+- 500 fresh points a class are a second test: the paper's own test has 20 or 40 points.
+- mhm-no-freeze, on the toy data, is ours: the paper has it in Sec. 5 only.
 """
 
 import argparse
-import math
 import sys
-import time
-from operator import itemgetter
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from sklearn.datasets import make_moons
 from tqdm import tqdm
 
-from common.command_line import number, run_command
-from common.experiments import format_text, paper_rows, spread
-from common.figures import draw_error_bars, draw_lines, draw_regions
+from common.command_line import run_command
+from common.datasets import split_folds
+from common.device import environment, pick_device
+from common.flags import number
+from common.optimizer import build_optimizer
+from common.run import join_name
 from common.seeding import derive_seed, make_generator
-from common.training import (
-    build_optimizer,
-    environment,
-    make_folder,
-    pick_device,
-    read_json,
-    write_figure,
-    write_json,
-)
+from common.storage import make_folder, read_json, write_json
+from common.tables import format_text, tabulate
 
+# isort: split
 # ---- Method ----
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 
 def project(x, lines):
@@ -79,7 +87,7 @@ class GroupedLinear(nn.Module):
 
 
 class ToyNetwork(nn.Module):
-    """psi(phi(theta(x))) with ReLU between, for R runs at once and with K heads psi^k.
+    """psi^k(phi(theta(t))) with ReLU between, for R runs at once and with K heads psi^k.
 
     early:        theta takes all coordinates as one input.
     intermediate: a theta_i for each modality; phi joins them.
@@ -106,33 +114,22 @@ class ToyNetwork(nn.Module):
         return self.psi[head](self.phi(z).relu()).mean(dim=1)
 
 
-def split_folds(order, heads):
-    """K folds of one run, Sec. 4: H^k is all but fold k, E^k is fold k.
+def phases(method, network, head_set, embedding_set, k):
+    """What an epoch trains, in order: pairs (samples (R, n), modules that learn from them).
 
-    order: (N,) the training samples in random order. Returns K pairs (H^k, E^k).
+    head_set, embedding_set: H^k and E^k, which together are all samples; k: the head's number.
+    joint (the paper's ETE) and mhm-no-freeze, which has MHM's sets and heads, freeze nothing.
     """
-    folds = order.tensor_split(heads)
-    return [(torch.cat(folds[:k] + folds[k + 1 :]), folds[k]) for k in range(heads)]
-
-
-def phases(method, network, sets, epoch):
-    """What an epoch trains: a list of (head, samples (R, n), trained modules).
-
-    joint (the paper's ETE): everything on all samples. MHM: the head of this round on its
-    head-specific set with phi frozen, Eq. (2), then phi on the rest with the head frozen, Eq. (3);
-    theta learns in both. mhm-no-freeze: the same two sets, nothing frozen.
-    sets: the (H^k, E^k) for every k, each (R, n).
-    """
-    head = epoch % len(network.psi)
-    theta, phi, psi = network.theta, network.phi, network.psi[head]
-    head_set, embedding_set = sets[head]
+    theta, phi, psi = network.theta, network.phi, network.psi[k]
     if method == "joint":
         everything = torch.cat([head_set, embedding_set], dim=1)
-        return [(head, everything, [theta, phi, psi])]
+        return [(everything, [theta, phi, psi])]  # Eq. (1)
     if method == "mhm-no-freeze":
-        both = [theta, phi, psi]
-        return [(head, head_set, both), (head, embedding_set, both)]
-    return [(head, head_set, [theta, psi]), (head, embedding_set, [theta, phi])]
+        return [(head_set, [theta, phi, psi]), (embedding_set, [theta, phi, psi])]
+    return [
+        (head_set, [theta, psi]),  # Eq. (2): phi is frozen
+        (embedding_set, [theta, phi]),  # Eq. (3): psi^k is frozen
+    ]
 
 
 # ---- Data ----
@@ -172,172 +169,155 @@ def draw_points(dataset, per_class, noise, seed):
     return torch.from_numpy(points), torch.from_numpy(labels)
 
 
-def draw_splits(dataset, noise, seeds, device):
+def draw_splits(dataset, noise, seeds):
     """90 training and 10 test points a class, and 500 fresh ones: name -> (x (R, N, D), y (R, N)).
 
     Every seed draws points and split anew.
     """
     parts = {"train": [], "test": [], "fresh": []}
-    classes = CLASSES[dataset]
     for seed in seeds:
         x, y = draw_points(dataset, 100, noise, derive_seed(seed, "points") % 2**32)
         ranks = [
-            torch.randperm(100, generator=make_generator(seed, "split", k)) for k in range(classes)
+            torch.randperm(100, generator=make_generator(seed, "split", c))
+            for c in range(CLASSES[dataset])
         ]
         train = torch.cat(ranks) < 90
         parts["train"].append((x[train], y[train]))
         parts["test"].append((x[~train], y[~train]))
-        fresh = draw_points(dataset, 500, noise, derive_seed(seed, "fresh") % 2**32)
-        parts["fresh"].append(fresh)
+        fresh_seed = derive_seed(seed, "fresh") % 2**32
+        parts["fresh"].append(draw_points(dataset, 500, noise, fresh_seed))
     return {
-        name: tuple(torch.stack(tensors).to(device) for tensors in zip(*part, strict=True))
+        name: tuple(torch.stack(tensors) for tensors in zip(*part, strict=True))
         for name, part in parts.items()
+    }
+
+
+def observe(splits, config):
+    """What the networks see of `splits`: name -> coordinates (R, N, M) in float32, labels."""
+    lines = SETS[config.dataset][config.set]
+    return {
+        name: (project(x, lines).float().to(config.device), y.to(config.device))
+        for name, (x, y) in splits.items()
     }
 
 
 # ---- Training ----
 
 
-def build_network(fusion, lines, dataset, hidden, heads, seeds, device, dtype):
+def build_network(config):
     """A network for all seeds; what a run draws depends on its own seed alone."""
-    network = ToyNetwork(fusion, len(seeds), len(lines), CLASSES[dataset], hidden, heads)
-    network.to(dtype)
-    for run, seed in enumerate(seeds):
-        generator = make_generator(seed, "initialisation", fusion)
+    modalities = len(SETS[config.dataset][config.set])
+    sizes = (modalities, CLASSES[config.dataset], config.hidden, config.heads)
+    network = ToyNetwork(config.fusion, len(config.seeds), *sizes)
+    for run, seed in enumerate(config.seeds):
+        generator = make_generator(seed, "initialisation", config.fusion)
         for layer in (network.theta, network.phi, *network.psi):
             layer.initialize(run, generator)
-    return network.to(device)
+    return network.to(config.device)
 
 
-def train(network, method, t, y, regime, seeds):
-    """Train all runs together. t: (R, N, M), y: (R, N). An epoch is one pass over the data.
+def draw_sets(samples, config):
+    """(H^k, E^k) for every head, Sec. 4: all folds but the k-th, and fold k. Each is (R, n).
 
-    Each module keeps an optimizer of its own, whose state rests while the module is frozen.
+    The samples of each run are split once, in an order of its own.
     """
-    runs, samples = y.shape
+    folds = max(2, config.heads)  # joint training has one head and puts the two sets together
+    runs = []
+    for seed in config.seeds:
+        order = torch.randperm(samples, generator=make_generator(seed, "folds"))
+        runs.append(split_folds(order, folds))
+    return [
+        [torch.stack(part).to(config.device) for part in zip(*pairs, strict=True)]
+        for pairs in zip(*runs, strict=True)
+    ]
+
+
+def split_batches(samples, epoch, config):
+    """Batches (R, b) of the samples (R, n), in a random order of each run's own; or all at once."""
+    count = samples.shape[1]
+    size = config.batch_size or count
+    if size < count:
+        orders = [
+            torch.randperm(count, generator=make_generator(seed, "order", epoch, count))
+            for seed in config.seeds
+        ]
+        samples = samples.gather(1, torch.stack(orders).to(samples.device))
+    return samples.split(size, dim=1)
+
+
+def train(network, t, y, config):
+    """Train all runs together; returns the number of the head that was trained last.
+
+    t: (R, N, M), y: (R, N). An epoch is one pass over the data. Each module keeps an optimizer of
+    its own, whose state rests while the module is frozen.
+    """
     layers = [network.theta, network.phi, *network.psi]
-    optimizers = {
-        layer: build_optimizer(
-            regime["optimizer"], layer.parameters(), regime["lr"], 0.0, momentum=0.0
-        )
-        for layer in layers
-    }
-    folds = [
-        split_folds(
-            torch.randperm(samples, generator=make_generator(seed, "folds")),
-            max(2, len(network.psi)),
-        )
-        for seed in seeds
-    ]
-    sets = [
-        [torch.stack(part).to(t.device) for part in zip(*pairs, strict=True)]
-        for pairs in zip(*folds, strict=True)
-    ]
-    rows = torch.arange(runs, device=t.device).unsqueeze(1)
-    for epoch in range(regime["epochs"]):
-        for head, members, trained in phases(method, network, sets, epoch):
+    optimizers = {layer: build_optimizer(layer.parameters(), config) for layer in layers}
+    sets = draw_sets(y.shape[1], config)
+    runs = torch.arange(len(y), device=y.device).unsqueeze(1)
+    for epoch in range(config.epochs):
+        k = epoch % config.heads  # psi^k is replaced by psi^(k+1), and the last one by the first
+        for samples, learning in phases(config.method, network, *sets[k], k):
             for layer in layers:
-                layer.requires_grad_(layer in trained)
-            size = regime["batch_size"] or members.shape[1]
-            if size < members.shape[1]:
-                members = members.gather(1, shuffle(seeds, epoch, members))
-            for batch in members.split(size, dim=1):
-                logits = network(t[rows, batch], head)
-                loss = F.cross_entropy(
-                    logits.flatten(0, 1), y[rows, batch].flatten(), reduction="sum"
-                )
-                for layer in trained:
+                layer.requires_grad_(layer in learning)
+            for batch in split_batches(samples, epoch, config):
+                logits = network(t[runs, batch], k).flatten(0, 1)
+                loss = F.cross_entropy(logits, y[runs, batch].flatten(), reduction="sum")
+                loss = loss / batch.shape[1]  # the sum over runs of their mean losses
+                for layer in learning:
                     optimizers[layer].zero_grad()
-                (loss / batch.shape[1]).backward()  # the sum over runs of their mean losses
-                for layer in trained:
+                loss.backward()
+                for layer in learning:
                     optimizers[layer].step()
-
-
-def shuffle(seeds, epoch, members):
-    """(R, n) permutations, each from its run's seed."""
-    size = members.shape[1]
-    orders = [
-        torch.randperm(size, generator=make_generator(seed, "order", epoch, size)) for seed in seeds
-    ]
-    return torch.stack(orders).to(members.device)
+    return k
 
 
 @torch.no_grad()
-def error(network, t, y, head):
-    """Error in percent of each run: (R,)."""
-    return 100 * (network(t, head).argmax(dim=2) != y).double().mean(dim=1)
-
-
-def train_configuration(dataset, name, fusion, method, regime, args, device):
-    """All seeds of one table cell: errors in percent by seed, and the network for the figures."""
-    lines = SETS[dataset][name]
-    splits = {
-        part: (project(x, lines).float(), y)
-        for part, (x, y) in draw_splits(dataset, regime["noise"], args.seeds, device).items()
-    }
-    heads = 1 if method == "joint" else args.heads
-    network = build_network(
-        fusion, lines, dataset, regime["hidden"], heads, args.seeds, device, torch.float32
-    )
-    train(network, method, *splits["train"], regime, args.seeds)
-    last = (regime["epochs"] - 1) % heads  # no validation here: the head trained last is deployed
-    errors = {part: error(network, *split, last) for part, split in splits.items()}
+def test(network, head, splits, config):
+    """A row for each run: what it is, and its errors in percent."""
+    errors = {}
+    for name, (t, y) in splits.items():
+        errors[name] = 100 * (network(t, head).argmax(dim=2) != y).double().mean(dim=1)  # (R,)
     errors["gap"] = errors["test"] - errors["train"]
     errors["fresh gap"] = errors["fresh"] - errors["train"]
-    cell = {"dataset": dataset, "set": name, "fusion": fusion, "method": method}
-    return {**cell, **{part: values.tolist() for part, values in errors.items()}}, (network, last)
+    cell = {name: getattr(config, name) for name in CELL}
+    return [
+        {**cell, "seed": seed, **{name: errors[name][run].item() for name in ERRORS}}
+        for run, seed in enumerate(config.seeds)
+    ]
 
 
 # ---- Command line ----
 
-# The paper's networks, optimizer and epochs are in a supplement that is not available. `table1`
-# trains for short, where the order of the sets shows; `overtrained` fits the training points.
-REGIMES = {
-    "table1": {
-        "moons": {
-            "noise": 0.2,
-            "hidden": 8,
-            "optimizer": "sgd",
-            "lr": 0.1,
-            "batch_size": 16,
-            "epochs": 120,
-        },
-        "swiss-roll": {
-            "noise": 0.0,
-            "hidden": 16,
-            "optimizer": "adam",
-            "lr": 0.003,
-            "batch_size": 60,
-            "epochs": 60,
-        },
-    },
-    "overtrained": {
-        "moons": {
-            "noise": 0.3,
-            "hidden": 32,
-            "optimizer": "adam",
-            "lr": 0.01,
-            "batch_size": None,  # all samples
-            "epochs": 1000,
-        },
-        "swiss-roll": {
-            "noise": 0.5,
-            "hidden": 16,
-            "optimizer": "adam",
-            "lr": 0.01,
-            "batch_size": None,
-            "epochs": 1000,
-        },
-    },
-}
+CELL = ("dataset", "set", "fusion", "method")
+ERRORS = ("test", "train", "gap", "fresh", "fresh gap")
 FUSIONS = ("early", "intermediate", "late")
 METHODS = ("joint", "mhm", "mhm-no-freeze")
+
+# All ours. `table1` trains for short, where the order of the sets shows; `overtrained` fits the
+# training points. A batch_size of None is all samples.
+COMMON = {"momentum": 0.0, "weight_decay": 0.0, "hidden": 16}
+SGD, ADAM = {**COMMON, "optimizer": "sgd"}, {**COMMON, "optimizer": "adam"}
+LONG = {**ADAM, "lr": 0.01, "batch_size": None, "epochs": 1000}
+REGIMES = {
+    "table1": {
+        "moons": {**SGD, "lr": 0.1, "batch_size": 16, "epochs": 120, "noise": 0.2, "hidden": 8},
+        "swiss-roll": {**ADAM, "lr": 0.003, "batch_size": 60, "epochs": 60, "noise": 0.0},
+    },
+    "overtrained": {
+        "moons": {**LONG, "noise": 0.3, "hidden": 32},
+        "swiss-roll": {**LONG, "noise": 0.5},
+    },
+}
+KNOBS = ("regime", "dataset", "method", "heads", "epochs", "seeds")  # they decide the results
 
 
 def parse_args(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dataset", nargs="+", choices=list(SETS), default=list(SETS), help="default: both")
@@ -350,159 +330,59 @@ def parse_args(argv=None):
     add("--out", default="runs", metavar="DIR", help="where results are written (%(default)s)")
     add("--overwrite", action="store_true", help="train again what is there already")
     args = parser.parse_args(argv)
-    args.seeds = list(dict.fromkeys(args.seeds))
+    args.seeds = list(dict.fromkeys(args.seeds))  # a seed named twice is still one run
+    args.device = pick_device(args.device)
     return args
 
 
-def tabulate(cells, table):
-    """Rows of Table 1 (joint, sets C, A, B) or 2 (sets A, B), the paper's numbers beside ours."""
-    paper = paper_errors()
-    rows = []
-    for cell in cells:
-        if (table == 1 and cell["method"] != "joint") or (table == 2 and cell["set"] == "C"):
-            continue
-        key = tuple(cell[name] for name in ("dataset", "set", "fusion", "method"))
-        row = {name: cell[name] for name in ("dataset", "set", "fusion", "method")}
-        for part in ("test", "train", "gap"):
-            row[part] = spread(cell[part])
-            row[f"paper's {part}"] = paper.get((*key, part))
-        rows.append({**row, "fresh": spread(cell["fresh"]), "fresh gap": spread(cell["fresh gap"])})
-    return rows
-
-
-def compare_with_joint(cells):
-    """What MHM and its variant change in Table 2, seed by seed, with the standard error."""
-    key_of = itemgetter("dataset", "set", "fusion", "method")
-    errors = {key_of(cell): cell for cell in cells}
-    rows = []
-    for key, cell in errors.items():
-        joint = errors.get((*key[:3], "joint"))
-        if joint and cell is not joint:
-            row = dict(zip(("dataset", "set", "fusion", "method"), key, strict=True))
-            for part in ("test", "fresh", "fresh gap"):
-                change = spread([a - b for a, b in zip(cell[part], joint[part], strict=True)])
-                change["std"] /= math.sqrt(change["n"])
-                row[f"{part} - joint's"] = change
-            rows.append(row)
-    return rows
-
-
-def paper_errors():
-    """(dataset, set, fusion, method, part) -> what the paper prints, "a or b" where it contradicts
-    itself: Table 1 and Table 2 differ, or a printed gap is not test minus train error."""
-    printed = {}
-    for row in paper_rows("toy_tables"):
-        key = (row["dataset"], row["set"], row["fusion"], row["method"])
-        for part in ("test", "train", "gap"):
-            if row[part]:
-                printed.setdefault((*key, part), []).append(row[part])
-        if row["train"]:
-            difference = f"{float(row['test']) - float(row['train']):.1f}"
-            printed[(*key, "gap")].append(difference)
-    return {key: " or ".join(dict.fromkeys(values)) for key, values in printed.items()}
-
-
-def draw_figures(cells, networks, args):
-    """name -> figure: the data with its lines, decision regions of seed 0, errors as bars."""
-    figures = {"errors": draw_error_bars(tabulate(cells, 1) + tabulate(cells, 2))}
-    for dataset in args.dataset:
-        noise = REGIMES[args.regime][dataset]["noise"]
-        x, y = draw_splits(dataset, noise, args.seeds[:1], torch.device("cpu"))["train"]
-        lines = {f"{dataset}, set {name}": lines for name, lines in SETS[dataset].items()}
-        figures[f"{dataset}-data"] = draw_lines(x[0].numpy(), y[0].numpy(), lines)
-        panels = []
-        for (found, name, fusion, method), (network, head) in networks.items():
-            if found == dataset and fusion == "intermediate":
-                t = project(x, SETS[dataset][name]).float()[0]
-                panels.append((f"set {name}, {method}", t, y[0], regions(network, head, t)))
-        figures[f"{dataset}-regions"] = draw_regions(panels)
-    return figures
-
-
-@torch.no_grad()
-def regions(network, head, t, size=200):
-    """Class that the first run's network gives on a grid over the first two coordinates of `t`.
-
-    The third coordinate is kept at its mean. Returns the grid's axes and classes (size, size).
-    """
-    low, high = t.min(dim=0).values, t.max(dim=0).values
-    margin = 0.1 * (high - low)
-    axes = [torch.linspace(low[i] - margin[i], high[i] + margin[i], size) for i in (0, 1)]
-    first, second = torch.meshgrid(*axes, indexing="xy")
-    points = t.mean(dim=0).expand(size * size, -1).clone()
-    points[:, 0], points[:, 1] = first.flatten(), second.flatten()
-    runs = network.theta.weight.shape[0]
-    points = points.to(network.theta.weight.device).expand(runs, -1, -1)
-    classes = network(points, head)[0].argmax(dim=1).view(size, size)
-    return axes[0].numpy(), axes[1].numpy(), classes.cpu().numpy()
-
-
-def run_name(args):
-    """<regime>[-<knob>=<value> where not default], e.g. overtrained-seeds=0-49."""
-    default = parse_args([])
-    parts = [args.regime]
-    for knob in ("dataset", "method", "heads", "epochs", "seeds"):
+def folder_of(args):
+    """<out>/toy_projection/<regime>[-<knob>=<value> where not default]: overtrained-seeds=0-49."""
+    default, changed = parse_args([]), []
+    for knob in KNOBS[1:]:
         value = getattr(args, knob)
         if value != getattr(default, knob):
             if knob == "seeds" and value == list(range(value[0], value[-1] + 1)):
                 value = f"{value[0]}-{value[-1]}"
             text = ",".join(map(str, value)) if isinstance(value, list) else value
-            parts.append(f"{knob}={text}")
-    return "-".join(parts)
+            changed.append(f"{knob}={text}")
+    return Path(args.out) / "toy_projection" / join_name(args.regime, *changed)
+
+
+def configs(args):
+    """A configuration for each cell: the flags, and the numbers of its regime."""
+    for dataset in args.dataset:
+        for name, method, fusion in product(SETS[dataset], args.method, FUSIONS):
+            if name == "C" and method != "joint":
+                continue  # Table 2 has no set C
+            cell = {"dataset": dataset, "set": name, "fusion": fusion, "method": method}
+            config = SimpleNamespace(**vars(args) | REGIMES[args.regime][dataset] | cell)
+            config.epochs = args.epochs or config.epochs
+            config.heads = 1 if method == "joint" else args.heads
+            yield config
 
 
 def main(argv=None):
-    """Run the command line; returns "runs" (errors by seed), "table1" and "table2" (rows)."""
+    """Run the command line; returns {"runs": a row for each, "table": a row for each cell,
+    "networks": cell -> (network, deployed head), none if the runs were there already}."""
     args = parse_args(argv)
-    device = pick_device(args.device)
-    folder = Path(args.out) / "toy_projection" / run_name(args)
-    if (folder / "table.json").exists() and not args.overwrite:
-        record = read_json(folder / "table.json")
+    file = folder_of(args) / "errors.json"
+    runs, networks = [], {}
+    if file.exists() and not args.overwrite:  # finished: reported, not trained again
+        runs = read_json(file)["runs"]
     else:
-        make_folder(folder)
-        record = train_all(args, device, folder)
-    for table in (1, 2):
-        rows = record[f"table{table}"]
-        if rows:
-            print(f"\nTable {table}: errors in percent, mean ± std over {len(args.seeds)} seeds\n")
-            print(format_text(rows))
-    if record["differences"]:
-        print("\nDifferences, paired by seed, mean ± standard error\n")
-        print(format_text(record["differences"]))
-    print(f"\nTables and figures: {folder}")
-    return record
-
-
-def train_all(args, device, folder):
-    """Train every cell of the two tables; write figures and, last of all, table.json."""
-    start = time.perf_counter()
-    grid = [
-        (dataset, name, fusion, method)
-        for dataset in args.dataset
-        for name in SETS[dataset]
-        for method in args.method
-        for fusion in FUSIONS
-        if name != "C" or method == "joint"  # Table 2 has no set C
-    ]
-    cells, networks = [], {}
-    for key in tqdm(grid, disable=not sys.stderr.isatty()):
-        regime = dict(REGIMES[args.regime][key[0]])
-        regime["epochs"] = args.epochs or regime["epochs"]
-        cell, networks[key] = train_configuration(*key, regime, args, device)
-        cells.append(cell)
-    for name, figure in draw_figures(cells, networks, args).items():
-        write_figure(folder / f"{name}.png", figure)
-    record = {
-        "arguments": {**vars(args), "out": None},
-        **environment(device),
-        "seconds": round(time.perf_counter() - start, 1),
-        "table1": tabulate(cells, 1),
-        "table2": tabulate(cells, 2),
-        "differences": compare_with_joint(cells),
-        "runs": cells,
-    }
-    write_json(folder / "table.json", record)
-    return record
+        make_folder(file.parent)
+        for config in tqdm(list(configs(args)), disable=not sys.stderr.isatty()):
+            splits = observe(draw_splits(config.dataset, config.noise, config.seeds), config)
+            network = build_network(config)
+            head = train(network, *splits["train"], config)
+            runs += test(network, head, splits, config)
+            networks[tuple(getattr(config, name) for name in CELL)] = network, head
+        arguments = {knob: getattr(args, knob) for knob in KNOBS}
+        write_json(file, {"arguments": arguments, **environment(args.device), "runs": runs})
+    table = tabulate(runs, {name: name for name in ERRORS}, by=CELL)
+    print(f"\n{args.regime}: errors in percent, mean ± std over {len(args.seeds)} seeds\n")
+    print(f"{format_text(table)}\n\nErrors of every run: {file}")
+    return {"runs": runs, "table": table, "networks": networks}
 
 
 if __name__ == "__main__":

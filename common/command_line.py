@@ -31,7 +31,7 @@ class Script(NamedTuple):
     fusions:  the first is the default.
     recipes:  dataset -> flag -> default; a function of the flags gives one that depends on others.
     unfused:  the methods that have no fusion.
-    needs:    method -> the methods whose runs it starts from.
+    needs:    method -> the methods whose runs it starts from, or a function of the flags.
     """
 
     name: str
@@ -244,7 +244,8 @@ class Command:
 
     def needs(self, method):
         """The methods whose runs `method` starts from."""
-        return self.expand(self.script.needs.get(method, ()))
+        needed = self.script.needs.get(method, ())
+        return self.expand(needed(self.args) if callable(needed) else needed)
 
     def configs(self, methods=None):
         """A configuration for each seed and method, those that another one needs before it."""
@@ -275,6 +276,8 @@ class Command:
         config.arguments |= {knob: getattr(config, knob) for knob in knobs}
         config.defaults, config.sizes = self.defaults, self.splits.sizes
         config.needs = [self.config(m, seed) for m in self.needs(method)]
+        for needed in config.needs:  # its turn was before: it is read now, and not replaced
+            needed.overwrite = False
         return config
 
     def report(self, summaries, columns, digits=None):

@@ -12,8 +12,8 @@ from .tasks import Classification
 class Totals:
     """Sums over the samples of an epoch, on the device until `means` is asked for.
 
-    names: of what is added; "accuracy" is given as a number of correct samples, others as means
-    over the batch.
+    names: of what is added; what ends in "accuracy" is given as a number of correct samples, others
+    as means over the batch.
     """
 
     def __init__(self, names, device):
@@ -24,14 +24,15 @@ class Totals:
         """A batch of `count` samples; `values` in the order of the names, () tensors."""
         samples = torch.full_like(values[0], count)
         parts = zip(self.names, values, strict=True)
-        weighted = [x if name == "accuracy" else samples * x for name, x in parts]
+        weighted = [x if name.endswith("accuracy") else samples * x for name, x in parts]
         self.sums += torch.stack([samples, *weighted])
 
     def means(self):
-        """name -> mean over samples, accuracy in percent."""
+        """name -> mean over samples, accuracies in percent."""
         samples, *sums = self.sums.tolist()
-        scale = {"accuracy": 100}
-        return {n: scale.get(n, 1) * x / samples for n, x in zip(self.names, sums, strict=True)}
+        scales = [100 if name.endswith("accuracy") else 1 for name in self.names]
+        parts = zip(self.names, scales, sums, strict=True)
+        return {name: scale * x / samples for name, scale, x in parts}
 
 
 def count_correct(logits, labels):

@@ -25,17 +25,17 @@ def spread(values, digits=None):
     return result if digits is None else {**result, "digits": digits}
 
 
-def tabulate(runs, columns, digits=None):
-    """One row for each method and fusion: its name and the `spread` over seeds of each column.
+def tabulate(runs, columns, digits=None, by=("method", "fusion")):
+    """One row for each value of `by`: those, and the `spread` over runs of each column.
 
     columns: title -> dotted path into a summary; digits: title -> decimals, where not one.
     """
     groups = {}
     for run in runs:
-        groups.setdefault((run["method"], run["fusion"]), []).append(run)
+        groups.setdefault(tuple(run[name] for name in by), []).append(run)
     rows = []
-    for (method, fusion), group in groups.items():
-        row = {"method": method, "fusion": fusion}
+    for key, group in groups.items():
+        row = dict(zip(by, key, strict=True))
         for title, path in columns.items():
             values = [lookup(run, path) for run in group]
             row[title] = spread([x for x in values if x is not None], (digits or {}).get(title))

@@ -24,9 +24,12 @@ from pathlib import Path
 from ssl import SSLError
 from urllib.error import URLError
 
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `common`
+
 from clips import add_parsers
 from media import PrepareError
-from tqdm import tqdm
 
 # Free Spoken Digit Dataset (Zohar Jackson and others, CC BY-SA 4.0), the release with 6 speakers.
 # The address only says where to look: the SHA-256 decides whether what came is the dataset.

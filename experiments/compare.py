@@ -1,55 +1,38 @@
-"""Every method of the scripts and their rivals on the same data, side by side.
+"""Every method of the scripts and of baselines.py on the same data, side by side.
 
-    python compare.py                                           # digits, one seed
-    python compare.py --dataset synthetic --seeds 0 1 2 3 4
-    python compare.py --dataset cg-mnist --seeds 0 1 2 --device cuda
-    python compare.py --join runs/compare/*/compare.json        # datasets side by side
+    python -m experiments.compare --dataset digits --seeds 0
+    python -m experiments.compare --dataset synthetic --seeds 0 1 2 3 4
+    python -m experiments.compare --join runs/compare/*/table.json     # datasets side by side
 
 Splits, epochs, batches and optimizer are the same for all: those of pmr.py's recipe. So are the
 encoders within a network, and the knobs of a method are its own script's. Runs are those of the
 scripts, under --out; finished ones are reused and unfinished ones gone on with, so the same command
-can be given again and again. Flags that compare.py does not know go to all the scripts. See
-docs/compare.md.
+can be given again and again. It takes all flags that the scripts share. See docs/compare.md.
 """
 
 import argparse
-import json
 import math
+import sys
+from contextlib import suppress
 from pathlib import Path
 
-import torch
-
+import baselines
 import greedy_balance
 import mhm
 import pmr
 import umt_ume
-from common.command_line import load_splits, recipe_for, run_command, shared_knobs
-from common.datasets import DATASETS
+from common.command_line import Command, as_flag, given_flags, run_command, shared_knobs
+from common.device import environment
 from common.errors import UserError
-from common.experiments import (
-    as_flags,
-    format_markdown,
-    format_text,
-    lookup,
-    made_up,
-    paired_differences,
-    spread,
-)
-from common.figures import draw_scatter
-from common.rebalance import RIVALS
-from common.training import (
-    changed_knobs,
-    environment,
-    make_folder,
-    pick_device,
-    write_atomically,
-    write_figure,
-    write_json,
-)
+from common.run import changed_knobs, join_name
+from common.storage import make_folder, read_json, write_figure, write_json, write_text
+from common.tables import cell, format_text, lookup, made_up, spread
+
+from .figures import draw_scatter
+from .grid import paired_differences, write_rows
+from .pages import format_markdown
 
 JOINED = ("test", "- joint", "balance")
-SHARED = ("epochs", "batch_size", "lr", "weight_decay", "schedule")
-OWN = {"--method", "--fusion", "--experiment", "--eval-only"}  # compare.py decides on these
 
 
 def plan(modalities):
@@ -60,81 +43,48 @@ def plan(modalities):
     modular: mhm.py's, with a layer more between fusion and head.
     """
     alone = [f"unimodal-{m}" for m in modalities]
-    late = [*alone, "ume", "joint", *RIVALS, "umt"]
-    if len(modalities) != 2:  # PMR, FiLM, the gated head and RUBi are of two modalities
-        return [
-            ("late", umt_ume, "concat", late),
-            ("late", pmr, "sum", ["joint"]),
-            ("mmtm", greedy_balance, "mmtm", [*alone, "joint", "random", "guided"]),
-            ("modular", mhm, "concat", ["joint", "ensemble", "mhm"]),
-        ]
+    two = len(modalities) == 2  # PMR, FiLM, the gated head and RUBi are of two modalities
+    fusions, rubi = (("sum", "film", "gated"), ["rubi"]) if two else (("sum",), [])
     return [
-        ("late", umt_ume, "concat", late),
-        ("late", pmr, "concat", ["pmr"]),
-        *(("late", pmr, fusion, ["joint"]) for fusion in ("sum", "film", "gated")),
-        ("mmtm", greedy_balance, "mmtm", [*alone, "joint", "rubi", "random", "guided"]),
+        ("late", umt_ume, "concat", [*alone, "ume"]),
+        ("late", baselines, "concat", [m for m in baselines.METHODS if m != "unimodal"]),
+        ("late", umt_ume, "concat", ["umt"]),
+        *([("late", pmr, "concat", ["pmr"])] if two else []),
+        *(("late", baselines, fusion, ["joint"]) for fusion in fusions),
+        ("mmtm", greedy_balance, "mmtm", [*alone, "joint", *rubi, "random", "guided"]),
         ("modular", mhm, "concat", ["joint", "ensemble", "mhm"]),
     ]
 
 
-def shared_flags(args, rest):
-    """The flags that all the scripts get: pmr.py's recipe, the dataset's dials, those in `rest`."""
-    refused = [word for word in rest if word.split("=")[0] in OWN]
+def shared_settings(words):
+    """pmr.py's command with its recipe, and the settings that all the scripts get."""
+    given = given_flags(pmr.SCRIPT, words)
+    own = {knob for flags in pmr.METHODS.values() for knob in flags}
+    refused = sorted(given.keys() & {"method", "fusion", "eval_only", *own})
     if refused:
-        raise UserError(f"compare.py runs all methods; leave out {refused[0]}.")
-    recipe = recipe_for(args.dataset, pmr.RECIPES)
-    shared = {knob: recipe[knob] for knob in SHARED}
-    dials = {k: v for k, v in DATASETS[args.dataset].dials.items() if v is not None}
-    flags = ["--dataset", args.dataset, "--out", args.out, "--seeds", *map(str, args.seeds)]
-    flags += [*as_flags(shared | dials), *([] if "--overwrite" in rest else ["--resume"]), *rest]
-    for script in (umt_ume, pmr, greedy_balance, mhm):  # a flag that one refuses: before training
-        script.parse_args(flags)
-    return flags
+        raise UserError(f"The comparison runs all methods; leave out {as_flag(refused[0])}.")
+    command = Command(pmr.SCRIPT, given | {"method": ["joint"]})
+    shared = {knob: getattr(command.args, knob) for knob in shared_knobs(command.args.dataset)}
+    for knob in ("method", "fusion", "data", "pretrained"):
+        shared.pop(knob, None)
+    settings = shared | given | ({} if "overwrite" in given else {"resume": True})
+    return command, settings
 
 
-def run_everything(flags):
-    """The summaries of all runs, each with the `network` it is of."""
-    args, _ = umt_ume.parse_args(flags)
-    modalities = load_splits(args, torch.device("cpu")).modalities
+def run_everything(settings, modalities):
+    """A flat row for each run, with the `network` it is of."""
     if len(modalities) < 2:
-        raise UserError(f"compare.py needs two modalities at least; {args.dataset} has one.")
+        raise UserError("The comparison needs two modalities at least, and there is one.")
+    columns = {"test": "test.accuracy", "best": "best.test.accuracy", "macro-F1": "test.macro_f1"}
+    columns |= {f"{m} probe": f"test.{m}.probe" for m in modalities}
+    columns |= {"cpu_seconds": "cpu_seconds", "parameters": "parameters"}
     runs = []
     for network, script, fusion, methods in plan(modalities):
-        result = script.run_all([*flags, "--fusion", fusion, "--method", *methods])
-        runs += [{**run, "network": network} for run in result["runs"]]
-    return runs
-
-
-# ---- The table ----
-
-
-def tabulate(runs):
-    """A row for each network, method and fusion; means over seeds with their standard error."""
-    modalities = [m.removeprefix("unimodal-") for m in named(runs) if m.startswith("unimodal-")]
-    runs = complete(runs, modalities)
-    reference = [run for run in runs if key_of(run) == ("late", "joint", "concat")]
-    rows = []
-    for key in dict.fromkeys(map(key_of, runs)):
-        own = [run for run in runs if key_of(run) == key]
-        row = dict(zip(("network", "method", "fusion"), key, strict=True))
-        row["test"] = mean(own, "test.accuracy")
-        row["- joint"] = difference(runs, key)
-        row |= {"best": mean(own, "best.test.accuracy"), "macro-F1": mean(own, "test.macro_f1")}
-        row |= {f"{m} probe": mean(own, f"test.{m}.probe") for m in modalities}
-        row["balance"] = mean(own, "balance")
-        row["time"] = mean(own, "cpu_seconds")["mean"] / mean(reference, "cpu_seconds")["mean"]
-        row["parameters"] = own[0]["parameters"]
-        rows.append(row)
-    return rows
-
-
-def named(runs):
-    """The methods, in order."""
-    return list(dict.fromkeys(run["method"] for run in runs))
-
-
-def key_of(run):
-    return run["network"], run["method"], run["fusion"]
+        result = script.main({**settings, "fusion": fusion, "method": methods})
+        for run in result.get("runs", [result]):
+            row = {"network": network, **{k: run[k] for k in ("method", "fusion", "seed")}}
+            runs.append(row | {title: lookup(run, path) for title, path in columns.items()})
+    return complete(runs, modalities)
 
 
 def complete(runs, modalities):
@@ -150,25 +100,53 @@ def complete(runs, modalities):
     for run in runs:
         network = "late" if run["network"] == "modular" else run["network"]
         teachers = {m: alone[network, m, run["seed"]] for m in modalities}
-        run = {**run, "test": dict(run["test"])}
+        run = dict(run)
         if run["method"] == "ume":
             run["cpu_seconds"] = 0.0
-            run["test"] |= {m: teacher["test"][m] for m, teacher in teachers.items()}
+            run |= {f"{m} probe": teacher[f"{m} probe"] for m, teacher in teachers.items()}
         if run["method"] in ("ume", "umt"):
             run["cpu_seconds"] += sum(teacher["cpu_seconds"] for teacher in teachers.values())
-        probes = [
-            (lookup(run, f"test.{m}.probe"), lookup(teacher, f"test.{m}.probe"))
-            for m, teacher in teachers.items()
-        ]
+        probes = [(run[f"{m} probe"], teachers[m][f"{m} probe"]) for m in modalities]
         defined = all(own is not None and best for own, best in probes)
         run["balance"] = min(100 * own / best for own, best in probes) if defined else None
         found.append(run)
     return found
 
 
-def mean(runs, path):
-    """{"mean", "standard_error", "n"} of the number at `path`, or None."""
-    found = spread([x for x in (lookup(run, path) for run in runs) if x is not None])
+# ---- The table ----
+
+
+def tabulate(runs):
+    """A row for each network, method and fusion; means over seeds with their standard error."""
+    modalities = [m.removeprefix("unimodal-") for m in named(runs) if m.startswith("unimodal-")]
+    reference = [run for run in runs if key_of(run) == ("late", "joint", "concat")]
+    rows = []
+    for key in dict.fromkeys(map(key_of, runs)):
+        own = [run for run in runs if key_of(run) == key]
+        row = dict(zip(("network", "method", "fusion"), key, strict=True))
+        row["test"] = mean(own, "test")
+        row["- joint"] = difference(runs, key)
+        row |= {title: mean(own, title) for title in ("best", "macro-F1")}
+        row |= {f"{m} probe": mean(own, f"{m} probe") for m in modalities}
+        row["balance"] = mean(own, "balance")
+        row["time"] = mean(own, "cpu_seconds")["mean"] / mean(reference, "cpu_seconds")["mean"]
+        row["parameters"] = own[0]["parameters"]
+        rows.append(row)
+    return rows
+
+
+def named(rows):
+    """The methods, in order."""
+    return list(dict.fromkeys(row["method"] for row in rows))
+
+
+def key_of(run):
+    return run["network"], run["method"], run["fusion"]
+
+
+def mean(runs, column):
+    """{"mean", "standard_error", "n"} of a column, or None."""
+    found = spread([run[column] for run in runs if run[column] is not None])
     if found:
         found["standard_error"] = found.pop("std") / math.sqrt(found["n"])
     return found
@@ -208,7 +186,7 @@ def join(records):
     """
     found = {}
     for record in records:
-        alone = [m for m in named(record["runs"]) if m.startswith("unimodal-")]
+        alone = [m for m in named(record["rows"]) if m.startswith("unimodal-")]
         names = {method: f"modality {i} alone" for i, method in enumerate(alone, start=1)}
         for row in record["rows"]:
             key = row["network"], names.get(row["method"], row["method"]), row["fusion"]
@@ -223,83 +201,90 @@ def join(records):
     return rows
 
 
+def shorten(rows, datasets):
+    """Of a joined table a column for each dataset: test accuracy, and the difference to joint
+    training in brackets; without other fusions and the uni-modal networks of `mmtm`."""
+    found = []
+    for row in rows:
+        extra = row["network"] == "mmtm" and row["method"].endswith("alone")
+        if row["fusion"] in ("-", "concat", "mmtm") and not extra:
+            short = {"method": row["method"], "network": row["network"]}
+            for dataset in datasets:
+                change = row[f"{dataset} - joint"]
+                test = row[f"{dataset} test"]
+                short[dataset] = cell(test and test | {"n": 1}) + (f" ({change})" if change else "")
+            found.append(short)
+    return found
+
+
 # ---- Command line ----
 
 
-def parse_args(argv=None):
-    """The flags that are compare.py's own, and the others, which go to the scripts."""
+def main(argv=None):
+    """Run everything, write rows.csv, table.json, table.md and figure.png; returns the record."""
     parser = argparse.ArgumentParser(
+        prog="python -m experiments.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--dataset", choices=list(DATASETS), default="digits", help="default: %(default)s")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
-    add("--join", nargs="+", metavar="FILE", help="put finished compare.json side by side")
-    add("--out", default="runs", metavar="DIR", help="where runs are written (%(default)s)")
-    return parser.parse_known_args(argv)
+    parser.add_argument("--join", nargs="+", metavar="FILE", help="put finished tables together")
+    words = sys.argv[1:] if argv is None else argv
+    own, words = parser.parse_known_args(words)
+    command, settings = shared_settings(words)
+    if own.join:
+        return write_joined(own.join, Path(command.args.out) / "compare")
+    runs = run_everything(settings, command.splits.modalities)
+    return write_comparison(runs, command)
 
 
-def main(argv=None):
-    """Run everything, write compare.json, compare.md and compare.png; returns the record."""
-    args, rest = parse_args(argv)
-    if args.join:
-        return write_joined(args, rest)
-    flags = shared_flags(args, rest)
-    runs = run_everything(flags)
-    rows = tabulate(runs)
-    shared, defaults = pmr.parse_args(flags)
-    names = [knob for knob in shared_knobs(args.dataset) if knob not in ("method", "fusion")]
-    arguments = {knob: getattr(shared, knob) for knob in names}
-    title = f"All methods on {args.dataset}{made_up(shared)}"
-    record = {"title": title, "dataset": args.dataset, "seeds": shared.seeds}
-    record |= {"arguments": arguments, **environment(pick_device(shared.device))}
-    record |= {"rows": readable(rows), "runs": runs}
-    name = "-".join([args.dataset, *changed_knobs(arguments, defaults)])
+def write_comparison(runs, command):
+    """The table of the runs, in <out>/compare/<dataset>[-<knob>=<value>]; returns the record."""
+    args, rows = command.args, tabulate(runs)
+    knobs = [knob for knob in shared_knobs(args.dataset) if knob not in ("method", "fusion")]
+    arguments = {knob: getattr(args, knob) for knob in knobs}
+    title = f"All methods on {args.dataset}{made_up(args.data)}"
+    record = {"title": title, "dataset": args.dataset, "seeds": args.seeds, "arguments": arguments}
+    record |= environment(args.device) | {"rows": readable(rows)}
+    name = join_name(args.dataset, *changed_knobs(arguments, command.defaults))
     folder = Path(args.out) / "compare" / name
     write_record(folder, record)
-    write_figure(folder / "compare.png", draw_scatter(title, rows, "balance", "test"))
-    print(f"\n{title}: mean ± standard error, seeds {', '.join(map(str, shared.seeds))}\n")
+    write_rows(folder / "rows.csv", runs)
+    write_figure(folder / "figure.png", draw_scatter(title, rows, "balance", "test"))
+    print(f"\n{title}: mean ± standard error, seeds {', '.join(map(str, args.seeds))}\n")
     print(f"{format_text(record['rows'])}\n\nTable and figure: {folder}")
     return record
 
 
-def write_joined(args, rest):
-    """Join the files that `--join` names; returns the record."""
-    if rest:
-        raise UserError(f"--join trains nothing; leave out {' '.join(rest)}.")
-    records = [read_record(Path(name)) for name in args.join]
-    names = [record["dataset"] for record in records]
-    if len(set(names)) < len(names):
-        raise UserError(f"--join takes one file of a dataset, not those of {', '.join(names)}.")
-    record = {"title": f"All methods on {', '.join(names)}", "datasets": names}
-    record |= {"rows": join(records)}
-    folder = Path(args.out) / "compare"
+def write_joined(names, folder):
+    """Join the tables in the files `names`; returns the record."""
+    records = [read_record(Path(name)) for name in names]
+    datasets = [record["dataset"] for record in records]
+    if len(set(datasets)) < len(datasets):
+        raise UserError(f"--join takes one file of a dataset, not those of {', '.join(datasets)}.")
+    record = {"title": f"All methods on {', '.join(datasets)}", "datasets": datasets}
+    rows = join(records)
+    record |= {"rows": rows, "short": shorten(rows, datasets)}
     write_record(folder, record)
     print(f"{format_text(record['rows'])}\n\nTable: {folder}")
     return record
 
 
 def read_record(path):
-    """A compare.json; UserError for a file that is none."""
-    try:
-        record = json.loads(path.read_text())
+    """A table.json of a comparison; UserError for a file that is none."""
+    record, columns = read_json(path), set()
+    with suppress(TypeError, KeyError, AttributeError):
         columns = set.intersection(*(set(row) for row in record["rows"]))
-        if {"dataset", "runs"} <= record.keys() and {"network", "method", *JOINED} <= columns:
-            return record
-        reason = "it is no table of one dataset"
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    raise UserError(f"{path} is no compare.json ({reason}); let compare.py write it anew.")
+    if "dataset" in record and {"network", "method", *JOINED} <= columns:
+        return record
+    raise UserError(f"{path} is no table of a comparison; let experiments.compare write it anew.")
 
 
 def write_record(folder, record):
-    """compare.json and, of its rows, compare.md."""
+    """table.json and, of its rows, table.md."""
     make_folder(folder)
-    write_json(folder / "compare.json", record)
-    markdown = format_markdown(record["rows"]) + "\n"
-    write_atomically(folder / "compare.md", lambda file: file.write(markdown.encode()))
+    write_json(folder / "table.json", record)
+    write_text(folder / "table.md", format_markdown(record["rows"]) + "\n")
 
 
 if __name__ == "__main__":

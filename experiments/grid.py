@@ -1,39 +1,193 @@
-"""A grid of runs -> table, JSON and figure; and the tables that README.md and docs/ show.
+"""A grid of configurations -> runs -> rows.csv with a line a run, table.json and figure.png.
 
-    python -m common.experiments README.md data/README.md docs/*.md
-
-renews every table that stands between `<!-- table FILE PART -->` and `<!-- end -->` from the JSON
-in results/.
+The runs are those of the scripts, in the folders that the scripts give them: what is finished is
+not trained again, and an interrupted experiment goes on with --resume.
 """
 
+import argparse
 import csv
+import importlib
+import io
 import math
-import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from .figures import draw_bars, draw_curves, draw_distributions, draw_trends
-from .seeding import make_generator
-from .training import changed_knobs, make_folder, read_json, write_figure, write_json
+from common.command_line import Command, given_flags, parse_flags, shared_knobs
+from common.errors import UserError
+from common.run import changed_knobs, join_name
+from common.seeding import make_generator
+from common.storage import make_folder, write_figure, write_json, write_text
+from common.tables import format_text, lookup, made_up, spread, tabulate
+
+from .figures import draw_bars
 
 RESULTS = Path(__file__).parent.parent / "results"
+NAMES = ("method", "fusion", "seed")  # of every run, in rows.csv
+
+
+class Grid(NamedTuple):
+    """The runs of an experiment, and what is shown of them.
+
+    title:   of the table and the figure.
+    parts:   settings of each call of a script; "script" names it where it is not the experiment's.
+    columns: title -> path in a run's summary; "test", in percent, is among them.
+    shown:   the titles that stand in the table and the figure; default: all in the table.
+    digits:  title -> decimals, where not one.
+    fields:  the settings that tell parts apart; they are columns, too.
+    pooled:  whether a row of the table is over all values of the fields.
+    pairs:   (method, reference), to be compared seed by seed.
+    extend:  (row of the table, its runs) -> more columns, such as the paper's numbers.
+    figure:  (title, table, runs) -> figure; default: bars of what is shown, or of `test`.
+    """
+
+    title: str
+    parts: list
+    columns: dict
+    shown: list | None = None
+    digits: dict = {}  # noqa: RUF012
+    fields: tuple = ()
+    pooled: bool = False
+    pairs: list = []  # noqa: RUF012
+    extend: Callable = lambda row, runs: {}
+    figure: Callable | None = None
+
+
+class Experiment:
+    """The command line of an experiment: its name, the flags of its script, and flags of its own.
+
+    argv:      words: the experiment's name, then flags.
+    names:     the experiments there are.
+    add_flags: adds flags that only experiments have; they are in `options`.
+    """
+
+    def __init__(self, script, names, argv=None, add_flags=lambda add: None):
+        self.script = script
+        name = script.SCRIPT.name
+        parser = argparse.ArgumentParser(
+            prog=f"python -m experiments.{name}",
+            description=f"Tables and figures: {', '.join(names)}. All flags of {name}.py, too: "
+            f"python {name}.py --help.",
+            allow_abbrev=False,
+        )
+        parser.add_argument("experiment", choices=list(names))
+        add_flags(parser.add_argument)
+        self.options, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        self.name = self.options.experiment
+        self.given = given_flags(script.SCRIPT, words)
+        self.command = Command(script.SCRIPT, self.given)
+        self.args, self.modalities = self.command.args, self.command.splits.modalities
+        if self.args.eval_only:
+            raise UserError("--eval-only writes nothing and an experiment a table; leave it out.")
+
+    def methods(self, default):
+        """The methods that were named, else those of the experiment."""
+        return self.command.methods if self.args.method else self.command.expand(default)
+
+    def refuse(self, *flags):
+        """UserError for flags that the experiment sets itself."""
+        for flag in flags:
+            if flag in self.given:
+                raise UserError(
+                    f"{self.name} sets --{flag.replace('_', '-')} itself; leave it out."
+                )
+
+    def run(self, grid):
+        """Run all parts, print and write the table. Returns its record with `runs` and `results`.
+
+        runs: a flat row for each run, as in rows.csv; results: what `main` gave for each part.
+        """
+        results, runs = [], []
+        for part in grid.parts:
+            settings = self.given | part
+            script = importlib.import_module(settings.pop("script", self.script.SCRIPT.name))
+            results.append(script.main(self.settings_of(script, settings)))
+            fields = {field: settings.get(field) for field in grid.fields}
+            for run in results[-1].get("runs", [results[-1]]):
+                named = {name: run[name] for name in NAMES} | fields
+                runs.append(
+                    named | {title: lookup(run, path) for title, path in grid.columns.items()}
+                )
+        record = {"title": grid.title + made_up(self.args.data), "arguments": self.arguments(grid)}
+        record |= summarize(grid, runs)
+        self.write(grid, record, runs)
+        return record | {"runs": runs, "results": results}
+
+    def settings_of(self, script, settings):
+        """For another script only the flags that it has, with this one's training settings."""
+        if script is self.script:
+            return settings
+        flags = vars(parse_flags(script.SCRIPT, ["--dataset", self.args.dataset]))
+        shared = {knob: getattr(self.args, knob) for knob in shared_knobs(self.args.dataset)}
+        del shared["method"]
+        return {k: v for k, v in (shared | settings).items() if k in flags}
+
+    def arguments(self, grid):
+        """What the table is of: the flags that decide it, methods, fusions and seeds."""
+        methods = list(dict.fromkeys(m for part in grid.parts for m in part["method"]))
+        own = self.script.SCRIPT.methods
+        kinds = ["unimodal" if m.startswith("unimodal-") else m for m in methods]
+        knobs = [*shared_knobs(self.args.dataset), *(k for m in kinds for k in own.get(m, ()))]
+        knobs = [knob for knob in dict.fromkeys(knobs) if knob not in grid.fields]
+        found = {knob: getattr(self.args, knob) for knob in knobs}
+        fusions = list(dict.fromkeys(part.get("fusion", self.args.fusion) for part in grid.parts))
+        found["fusion"] = fusions[0] if len(fusions) == 1 else fusions
+        return found | {"method": methods, "seeds": self.args.seeds}
+
+    @property
+    def folder(self):
+        """<out>/<script>/<dataset>/<experiment>[-<fusion>][-<knob>=<value>], where not default."""
+        args, script = self.args, self.script.SCRIPT
+        fusion = [args.fusion] if args.fusion != script.fusions[0] else []
+        knobs = {knob: getattr(args, knob) for knob in shared_knobs(args.dataset)}
+        knobs |= {k: getattr(args, k) for flags in script.methods.values() for k in flags}
+        changed = changed_knobs(knobs, self.command.defaults)
+        return Path(args.out) / script.name / args.dataset / join_name(self.name, *fusion, *changed)
+
+    def write(self, grid, record, runs):
+        """rows.csv, table.json and figure.png; and the table on the terminal."""
+        make_folder(self.folder)
+        write_rows(self.folder / "rows.csv", runs)
+        write_json(self.folder / "table.json", record)
+        if grid.figure:
+            figure = grid.figure(grid.title, record["rows"], runs)
+        else:
+            figure = draw_bars(grid.title, record["rows"], grid.shown or ["test"], grid.fields)
+        write_figure(self.folder / "figure.png", figure)
+        print(f"\n{record['title']}\n\n{format_text(record['rows'])}\n")
+        for row in record["paired"]:
+            print(describe_difference(row))
+        print(f"\nTable and figure: {self.folder}")
+
+
+def summarize(grid, runs):
+    """{"rows": a row for each method, fusion and value of the fields, "paired": differences}."""
+    fields = () if grid.pooled else grid.fields
+    titles = {title: title for title in grid.shown or grid.columns}
+    rows = tabulate(runs, titles, grid.digits, by=("method", *fields, "fusion"))
+    for row in rows:
+        own = [run for run in runs if all(run[k] == row[k] for k in ("method", *fields, "fusion"))]
+        row |= grid.extend(row, own)
+    keys = (("fusion", *fields), ("seed", *(grid.fields if grid.pooled else ())))
+    paired = [row for pair in grid.pairs for row in paired_differences(runs, *pair, *keys)]
+    return {"rows": rows, "paired": paired}
 
 
 def paired_differences(runs, method, reference, groups=("fusion",), pairs=("seed",)):
     """`method` minus `reference` in test accuracy: mean over pairs of runs, standard error, n.
 
-    groups, pairs: names of entries of a summary. There is a row for every value of the `groups`;
-    within one, two runs are a pair if they agree in `pairs`.
+    groups, pairs: names of columns. There is a row for every value of the `groups`; within one,
+    two runs are a pair if they agree in `pairs`.
     """
     found = {}
     for run in runs:
         values = found.setdefault(tuple(run[name] for name in groups), {method: {}, reference: {}})
         if run["method"] in values:
-            pair = tuple(run[name] for name in pairs)
-            values[run["method"]][pair] = lookup(run, "test.accuracy")
+            values[run["method"]][tuple(run[name] for name in pairs)] = run["test"]
     rows = []
     for key, values in found.items():
         both = sorted(values[method].keys() & values[reference].keys())
@@ -44,17 +198,6 @@ def paired_differences(runs, method, reference, groups=("fusion",), pairs=("seed
             row |= {"mean": difference["mean"], "standard_error": error, "n": difference["n"]}
             rows.append(row)
     return rows
-
-
-# ---- Text ----
-
-
-def format_markdown(rows):
-    """Rows (dicts with equal keys) as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[cell(value) for value in row.values()] for row in rows]
-    escaped = [[text.replace("|", r"\|") for text in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
 def describe_difference(row):
@@ -69,28 +212,40 @@ def describe_difference(row):
     )
 
 
-# ---- An experiment of a paper ----
+# ---- One line a run ----
 
 
-def without_flag(argv, flag):
-    """`argv` without `flag` and its value, to call the same script for one part of a grid."""
-    kept, skip = [], False
-    for word in argv:
-        if not skip and word != flag and not word.startswith(flag + "="):
-            kept.append(word)
-        skip = word == flag
-    return kept
+def write_rows(path, runs):
+    """Dicts with equal keys as CSV; None is an empty cell."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(runs[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(runs)
+    write_text(path, file.getvalue())
+
+
+def read_rows(path):
+    """The dicts that `write_rows` wrote: numbers are numbers again, an empty cell is None."""
+    with open(path, newline="") as file:
+        return [{k: read_cell(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def read_cell(text):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text or None
+
+
+# ---- Numbers of the papers, and of several runs ----
 
 
 def paper_rows(name):
     """The rows of results/paper/<name>.csv, numbers as the paper prints them."""
     with open(RESULTS / "paper" / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def paper_numbers(name):
-    """The same by (method, fusion)."""
-    return {(row["method"], row["fusion"] or None): row for row in paper_rows(name)}
 
 
 def paper_columns(name, table, row, note="(paper)"):
@@ -107,148 +262,16 @@ def paper_columns(name, table, row, note="(paper)"):
     return {f"{column} {note}": found.get(column) or None for column in numbers}
 
 
-def mean_by_epoch(histories, path):
-    """Mean over runs of the number at `path` in their histories for each epoch; [] if not there."""
-    epochs = zip(*histories, strict=True)
-    values = [[lookup(entry, path) for entry in entries] for entries in epochs]
-    return [] if None in values[0] else [statistics.fmean(value) for value in values]
-
-
-def draw_experiment(result, panels, arguments, folder):
-    """Write curves by epoch, panel -> method -> values: table.json and figure.png in `folder`."""
-    title = f"{folder.name} on {arguments['dataset']}"
-    record = {"title": title, "arguments": arguments, "panels": panels, "runs": result["runs"]}
-    make_folder(folder)
-    write_json(folder / "table.json", record)
-    write_figure(folder / "figure.png", draw_curves(title, panels))
-    print(f"\nCurves and their values: {folder}")
-    return {"runs": result["runs"], "panels": panels}
-
-
 def log_uniform(count, low, high):
     """`count` numbers from `low` to `high`, uniform in their logarithm; always the same ones."""
     draw = torch.rand(count, generator=make_generator("log-uniform"), dtype=torch.float64)
     return [float(f"{low * (high / low) ** x:.3g}") for x in draw.tolist()]
 
 
-def as_flags(knobs):
-    """{"pair_only": 0.1} -> ["--pair-only", "0.1"]."""
-    pairs = [("--" + knob.replace("_", "-"), str(value)) for knob, value in knobs.items()]
-    return [word for pair in pairs for word in pair]
-
-
 def correlate(runs, path, other):
-    """Pearson's correlation over runs of two numbers in their summaries; None if one is fixed."""
-    pairs = [(lookup(run, path), lookup(run, other)) for run in runs]
+    """Pearson's correlation over runs of two of their columns; None if one is fixed."""
+    pairs = [(run[path], run[other]) for run in runs]
     columns = list(zip(*(pair for pair in pairs if None not in pair), strict=True))
     if not columns or min(len(set(column)) for column in columns) < 2:
         return None
     return round(statistics.correlation(*columns), 2)
-
-
-def distributions(paths):
-    """For `run_experiment`: a figure of the numbers at `paths` of every run, by method."""
-
-    def figure(title, rows, runs):
-        methods = dict.fromkeys(run["method"] for run in runs)
-        panels = {path: {} for path in paths}
-        for path, values in panels.items():
-            for m in methods:
-                found = [lookup(run, path) for run in runs if run["method"] == m]
-                if None not in found:
-                    values[m] = found
-        return draw_distributions(title, panels)
-
-    return figure
-
-
-def trends(knobs):
-    """For `run_experiment`: a figure of the table's columns against each of its `knobs`."""
-    return lambda title, rows, runs: draw_trends(title, rows, knobs)
-
-
-def experiment_folder(script, args, arguments, defaults, fusion="concat"):
-    """<out>/<script>/<dataset>/<experiment>[-<fusion>][-<knob>=<value>], both where not default."""
-    named = [arguments["fusion"]] if arguments["fusion"] != fusion else []
-    name = "-".join([args.experiment, *named, *changed_knobs(arguments, defaults)])
-    return Path(args.out) / script / args.dataset / name
-
-
-def run_experiment(
-    run_all,
-    calls,
-    arguments,
-    folder,
-    title,
-    columns=None,
-    pairs=(),
-    paper=None,
-    pool=None,
-    figure=None,
-):
-    """Run every part of a grid and write table.json and figure.png in `folder`.
-
-    run_all:   argument list -> {"runs": summaries, "table": rows}.
-    calls:     pairs (fields, argument list); fields such as {"epochs": 80} are put in its rows.
-    arguments: what the table is of, written into table.json.
-    columns:   the columns of its rows that are shown; default: all.
-    pairs:     (method, reference) to compare seed by seed, for each of the fields' values; if the
-               rows are pooled, over all of them.
-    paper:     row -> columns with the paper's numbers, to stand at its end.
-    pool:      summaries -> rows, in place of the rows of the parts.
-    figure:    title, rows, summaries -> figure; default: bars of `columns`, or of `test`.
-    Returns {"runs": summaries, "table": rows}.
-    """
-    runs, table = [], []
-    for fields, argv in calls:
-        result = run_all(argv)
-        runs += [{**run, **fields} for run in result["runs"]]
-        for row in result["table"]:
-            shown = {key: row[key] for key in columns or row}
-            row = {"method": row["method"], **fields, "fusion": row["fusion"], **shown}
-            table.append({**row, **(paper(row) if paper else {})})
-    table = pool(runs) if pool else table
-    fields = tuple(calls[0][0])
-    keys = (("fusion",), ("seed", *fields)) if pool else (("fusion", *fields), ("seed",))
-    differences = [row for pair in pairs for row in paired_differences(runs, *pair, *keys)]
-    record = {"title": title, "arguments": arguments, "rows": table, "paired": differences}
-    record["runs"] = runs
-    if figure:
-        drawn = figure(title, table, runs)
-    else:
-        drawn = draw_bars(title, table, columns or ["test"], fields)
-    make_folder(folder)
-    write_json(folder / "table.json", record)
-    write_figure(folder / "figure.png", drawn)
-    print(f"\n{title}\n\n{format_text(table)}\n")
-    for row in differences:
-        print(describe_difference(row))
-    print(f"\nTable and figure: {folder}")
-    return {"runs": runs, "table": table}
-
-
-# ---- Tables in the documents ----
-
-MARKERS = re.compile(r"(<!-- table (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def table_part(record, part):
-    """Markdown of one part of an experiment's JSON: `paired` as a list, other rows as a table."""
-    if part == "paired":
-        return "\n".join(f"- {describe_difference(row)}" for row in record["paired"])
-    return format_markdown(record[part])
-
-
-def renew_tables(text):
-    """`text` with every table between markers made anew from its JSON in results/."""
-
-    def renew(match):
-        table = table_part(read_json(RESULTS / match[2]), match[3])
-        return f"{match[1]}{table}\n{match[4]}"
-
-    return MARKERS.sub(renew, text)
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        Path(name).write_text(renew_tables(Path(name).read_text()))

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 FROM_FILES = ("crema-d", "ave", "vggsound", "modelnet40")
-NAMES = {"crema-d": ("NEU", "HAP", "SAD", "FEA", "DIS", "ANG")}
+EMOTIONS = ("NEU", "HAP", "SAD", "FEA", "DIS", "ANG")
 
 
 def photograph(rng, height, width):
@@ -19,10 +19,10 @@ def photograph(rng, height, width):
     return Image.fromarray((0.9 * broad + grain).clip(0, 255).astype(np.uint8))
 
 
-def write_wav(path, samples, sample_rate=16_000):
+def write_wav(path, samples, sample_rate=16_000, channels=1):
     """samples: floats in [-1, 1]."""
     with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
+        file.setparams((channels, 2, sample_rate, 0, "NONE", "not compressed"))
         file.writeframes((samples * 32767).astype("<i2").tobytes())
 
 
@@ -43,8 +43,8 @@ def write_prepared(
 ):
     """`root`/`name` as data/prepare.py makes it; counts: frames of the clips, in turn."""
     folder, rng = root / name, np.random.default_rng(0)
-    labels = NAMES.get(name, [f"class {i}" for i in range(classes)])
-    rows = []
+    labels = EMOTIONS if name == "crema-d" else [f"class {i}" for i in range(classes)]
+    rows = [("id", "split", "label", "frames", "seconds")]
     for split, size in zip(("train", "val", "test"), sizes, strict=True):
         for i in range(size):
             clip, count = f"{split}_{i:05}", counts[i % len(counts)]
@@ -52,7 +52,7 @@ def write_prepared(
             write_clip(folder / "frames" / clip, sound, rng, count, *shape, seconds=seconds)
             rows.append((clip, split, i % classes, count, seconds))
     with open(folder / "clips.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("id", "split", "label", "frames", "seconds"), *rows])
+        csv.writer(file).writerows(rows)
     manifest = {"dataset": name, "format": 1, "fake": True, "options": {}, "classes": labels}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -62,13 +62,11 @@ def write_community(root, sizes=(20, 4), counts=(3, 1, 5), shape=(48, 64), secon
     """`root`/crema-d as users of OGM-GE's and PMR's code have it."""
     folder, rng = root / "crema-d", np.random.default_rng(0)
     for split, size in zip(("train", "test"), sizes, strict=True):
-        rows = []
-        for i in range(size):
-            label = NAMES["crema-d"][i % 2]
-            clip, count = f"{split}{i:05}_DFA_{label}_XX", counts[i % len(counts)]
+        rows = [(f"{split}{i:05}_DFA_{EMOTIONS[i % 2]}_XX", EMOTIONS[i % 2]) for i in range(size)]
+        for i, (clip, _) in enumerate(rows):
             frames, sound = folder / "Image-01-FPS" / clip, folder / "AudioWAV" / f"{clip}.wav"
+            count = counts[i % len(counts)]
             write_clip(frames, sound, rng, count, *shape, names="{:05}.jpg", seconds=seconds)
-            rows.append((clip, label))
         with open(folder / f"{split}.csv", "w", newline="") as file:
             csv.writer(file).writerows(rows)
     return folder

@@ -1,10 +1,8 @@
 """data/prepare.py against a web server on this machine: no test leaves 127.0.0.1."""
 
 import errno
-import importlib.util
 import io
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -15,31 +13,33 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import prepare
 import pytest
+from conftest import DATA_ROOT, ROOT
 
-SCRIPT = Path(__file__).resolve().parent.parent / "data" / "prepare.py"
-spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
-prepare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare)
 REAL_SHA256 = prepare.FSDD_SHA256
-
 TOP = "free-spoken-digit-dataset-1.0.10"
 RECORDINGS = {f"{digit}_{speaker}_7.wav": os.urandom(500) for digit in "03" for speaker in "ab"}
 GOOD = {f"{TOP}/recordings/{name}": content for name, content in RECORDINGS.items()}
 GOOD |= {f"{TOP}/README.md": b"no recording", f"{TOP}/recordings/notes.txt": b"no recording"}
 
 
-def make_tar(entries: dict[str, bytes]) -> bytes:
+def make_tar(entries, link=None):
+    """entries: name -> bytes; link: the name of a symbolic link out of the archive."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
         for name, content in entries.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+        if link:
+            info = tarfile.TarInfo(link)
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
+            archive.addfile(info)
     return file.getvalue()
 
 
-def make_zip(entries: dict[str, bytes]) -> bytes:
+def make_zip(entries):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in entries.items():
@@ -47,12 +47,26 @@ def make_zip(entries: dict[str, bytes]) -> bytes:
     return file.getvalue()
 
 
+BODIES = {
+    "/tar": make_tar(GOOD),
+    "/zip": make_zip(GOOD),
+    "/cut": make_tar(GOOD),
+    "/empty": b"",
+    "/html": b"<html>please log in</html>",
+    "/half-tar": make_tar(GOOD)[:-100],
+    "/half-zip": make_zip(GOOD)[:-100],
+    "/other": make_tar(GOOD | {f"{TOP}/recordings/0_a_7.wav": b"other"}),
+    "/nothing": make_tar({f"{TOP}/README.md": b"text"}),
+    "/link": make_tar({}, link=f"{TOP}/recordings/0_a_7.wav"),
+}
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Answers with `server.bodies[path]`, or breaks off in the way that the path names."""
+    """Answers with BODIES[path], or breaks off in the way that the path names."""
 
     def do_GET(self):
         self.server.requests.append(self.path)
-        body = self.server.bodies.get(self.path)
+        body = BODIES.get(self.path)
         if self.path == "/silent":
             self.server.stop.wait(10)
         elif self.path == "/reset":
@@ -77,13 +91,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
+@pytest.fixture(scope="module")
+def website():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.requests, server.stop = [], threading.Event()
-    server.bodies = {"/good": make_tar(GOOD), "/cut": make_tar(GOOD)}
+    server.url, server.stop = f"http://127.0.0.1:{server.server_port}", threading.Event()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -94,26 +105,34 @@ def server(monkeypatch):
 
 
 @pytest.fixture
+def server(website, monkeypatch):
+    """The server; `requests` are those of the test."""
+    monkeypatch.setenv("no_proxy", "*")
+    website.requests = []
+    return website
+
+
+@pytest.fixture
 def out(tmp_path, monkeypatch):
     """A folder to prepare that is not there yet, nor is its parent; expects RECORDINGS in it."""
-    expected = tmp_path / "expected"
-    write_recordings(expected)
-    monkeypatch.setattr(prepare, "FSDD_SHA256", prepare.recordings_sha256(expected))
+    write_recordings(tmp_path / "expected")
+    expected = prepare.recordings_sha256(tmp_path / "expected")
+    monkeypatch.setattr(prepare, "FSDD_SHA256", expected)
     (tmp_path / "work").mkdir()
     return tmp_path / "work" / "data" / "fsdd"
 
 
-def write_recordings(folder: Path) -> None:
+def write_recordings(folder):
     folder.mkdir(parents=True)
     for name, content in RECORDINGS.items():
         (folder / name).write_bytes(content)
 
 
-def read_folder(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def run(out, *flags):
+    return prepare.main(["fsdd", "--out", str(out), *map(str, flags)])
 
 
-def check_success(out: Path, capsys) -> None:
+def check_success(out, capsys):
     """The recordings and nothing else are in place, and one line says so."""
     output = capsys.readouterr()
     assert output.err == "" and output.out.count("\n") == 1
@@ -121,261 +140,175 @@ def check_success(out: Path, capsys) -> None:
     assert f"next: python pmr.py --dataset av-digits --data-root {out.parent}\n" in output.out
     assert [path.name for path in out.iterdir()] == ["recordings"]
     assert [path.name for path in out.parent.iterdir()] == ["fsdd"]
-    assert read_folder(out / "recordings") == RECORDINGS
+    assert {path.name: path.read_bytes() for path in out.glob("*/*")} == RECORDINGS
 
 
-def check_failure(code: int, capsys, *words: str) -> None:
-    """The exit code is 1 and one line on stderr has all of the words."""
+def check_failure(code, capsys, *words, left=None):
+    """The code is 1, one line on stderr has all of the words, and the folder `left` is empty."""
     output = capsys.readouterr()
     assert code == 1 and output.out == ""
     assert output.err.startswith("prepare.py: ") and output.err.count("\n") == 1
-    for word in words:
-        assert word in output.err
+    assert [word for word in words if word not in output.err] == []
+    assert left is None or list(left.iterdir()) == []
 
 
-def check_nothing_left(out: Path) -> None:
-    assert list(out.parent.parent.iterdir()) == []
+# ---- What is put in place ----
 
 
-@pytest.mark.parametrize("make", [make_tar, make_zip])
-def test_download(server, out, capsys, make):
-    server.bodies["/good"] = make(GOOD)
-    assert prepare.main(["fsdd", "--out", str(out), "--url", server.url + "/good"]) == 0
+@pytest.mark.parametrize("kind", ["/tar", "/zip"])
+def test_download_or_source_into_an_absent_or_an_empty_folder(server, out, tmp_path, capsys, kind):
+    assert run(out, "--url", server.url + kind) == 0
     check_success(out, capsys)
-    assert server.requests == ["/good"]
-
-
-@pytest.mark.parametrize("make", [make_tar, make_zip])
-def test_source_is_used_instead_of_a_download(out, tmp_path, capsys, monkeypatch, make):
-    monkeypatch.setattr(prepare, "download", lambda *args: pytest.fail("it downloads"))
-    source = tmp_path / "mine"
-    source.write_bytes(make(GOOD))
-    assert prepare.main(["fsdd", "--out", str(out), "--source", str(source)]) == 0
-    check_success(out, capsys)
-    assert source.exists()
-
-
-def test_out_that_exists_and_is_empty(out, tmp_path, capsys):
-    out.mkdir(parents=True)
-    source = tmp_path / "mine"
-    source.write_bytes(make_tar(GOOD))
-    assert prepare.main(["fsdd", "--out", str(out), "--source", str(source)]) == 0
-    check_success(out, capsys)
+    assert run(out, "--url", server.url + kind) == 0
+    assert "already holds all 4 recordings" in capsys.readouterr().out
+    assert server.requests == [kind]  # what is complete is kept
+    (tmp_path / "mine").write_bytes(BODIES[kind])
+    other = tmp_path / "empty" / "data" / "fsdd"
+    other.mkdir(parents=True)
+    assert run(other, "--source", tmp_path / "mine") == 0
+    check_success(other, capsys)
+    assert server.requests == [kind] and (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize("make", [make_tar, make_zip])
 def test_entries_that_point_outside_are_not_written(out, tmp_path, capsys, make):
-    evil = {
-        "../evil.wav": b"",
-        "../../recordings/../evil.wav": b"",
-        f"{tmp_path}/absolute.wav": b"",
-        f"{TOP}/recordings/../0_evil_0.wav": b"",
-        f"{TOP}/recordings/..\\0_evil_0.wav": b"",
-        f"{TOP}/recordings/sub/0_evil_0.wav": b"",
-        f"{TOP}/not-recordings/0_evil_0.wav": b"",
-        f"{TOP}/recordings/0_evil_0.wav\n": b"",
-    }
+    evil = ("../evil.wav", "../../recordings/../evil.wav", f"{tmp_path}/absolute.wav")
+    evil += tuple(
+        f"{TOP}/{path}0_evil_0.wav"
+        for path in ("recordings/../", "recordings/..\\", "recordings/sub/", "not-recordings/")
+    )
+    evil += (f"{TOP}/recordings/0_evil_0.wav\n",)
     # this one has a good name: it must end up inside, whatever its folders say
     first = next(iter(RECORDINGS))
-    moved = {f"../../../recordings/{first}": RECORDINGS[first]}
-    source = tmp_path / "mine"
-    source.write_bytes(make(evil | {k: v for k, v in GOOD.items() if first not in k} | moved))
-    assert prepare.main(["fsdd", "--out", str(out), "--source", str(source)]) == 0
+    entries = {name: content for name, content in GOOD.items() if first not in name}
+    entries |= {**dict.fromkeys(evil, b""), f"../../../recordings/{first}": RECORDINGS[first]}
+    (tmp_path / "mine").write_bytes(make(entries))
+    assert run(out, "--source", tmp_path / "mine") == 0
     check_success(out, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "mine", "work"]
     assert [path.name for path in out.parent.parent.iterdir()] == ["data"]
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_links_in_a_tar_are_not_followed(out, tmp_path, capsys):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        link = tarfile.TarInfo(f"{TOP}/recordings/0_a_7.wav")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        archive.addfile(link)
-    source = tmp_path / "mine"
-    source.write_bytes(file.getvalue())
-    code = prepare.main(["fsdd", "--out", str(out), "--source", str(source)])
-    check_failure(code, capsys, "has no recordings/*.wav")
-    check_nothing_left(out)
+@pytest.mark.parametrize("text", ["data/fsdd", "./data/fsdd/", "gone/../data/fsdd"])
+def test_relative_out(out, tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(out.parent.parent)
+    (tmp_path / "mine").write_bytes(BODIES["/tar"])
+    assert run(text, "--source", tmp_path / "mine") == 0
+    line = capsys.readouterr().out
+    assert f"{Path(text)}/recordings: 4 recordings" in line
+    assert ("--data-root" in line) == text.startswith("gone")  # not needed for pmr.py's own default
+    assert {path.name: path.read_bytes() for path in out.glob("*/*")} == RECORDINGS
+    assert [path.name for path in Path().iterdir()] == ["data"]
+
+
+# ---- What fails leaves nothing behind ----
+
+AGAIN = ("try again later", "--source FILE")
+DAMAGED = ("damaged or not", "download it again")
+EMPTY = ("has no recordings/*.wav", prepare.FSDD_URL)
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/missing", "HTTP Error 404"),
-        ("/cut", " bytes came"),
-        ("/cut-chunk", "IncompleteRead"),
-        ("/reset", "Connection reset"),
-        ("/silent", "timed out"),
+        ("/missing", ("HTTP Error 404", *AGAIN)),
+        ("/cut", (" bytes came", *AGAIN)),
+        ("/cut-chunk", ("IncompleteRead", *AGAIN)),
+        ("/reset", ("Connection reset", *AGAIN)),
+        ("/silent", ("timed out", *AGAIN)),
+        *((path, DAMAGED) for path in ("/empty", "/html", "/half-tar", "/half-zip")),
+        ("/other", ("4 recordings", "SHA-256", "not the expected {sha256}", "try again")),
+        ("/nothing", EMPTY),
+        ("/link", EMPTY),
     ],
 )
-def test_failed_download(server, out, capsys, monkeypatch, path, words):
+def test_what_comes_is_not_the_dataset(server, out, capsys, monkeypatch, path, words):
     monkeypatch.setattr(prepare, "TIMEOUT_S", 0.2)
-    code = prepare.main(["fsdd", "--out", str(out), "--url", server.url + path])
-    check_failure(code, capsys, server.url + path, words, "try again later", "--source FILE")
-    check_nothing_left(out)
+    words = [word.format(sha256=prepare.FSDD_SHA256) for word in words]
+    code = run(out, "--url", server.url + path)
+    check_failure(code, capsys, server.url + path, *words, left=out.parent.parent)
 
 
-def test_nothing_listens(server, out, capsys):
+def test_nothing_comes(server, out, capsys, monkeypatch):
+    left = out.parent.parent
     with socket.socket() as unused:  # bound but not listening: nobody else can take the port
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/good"
-        code = prepare.main(["fsdd", "--out", str(out), "--url", url])
-    check_failure(code, capsys, url, "refused", "--source FILE")
-    check_nothing_left(out)
+        check_failure(run(out, "--url", url), capsys, url, "refused", "--source FILE", left=left)
+    check_failure(run(out, "--url", "nowhere"), capsys, "check --url", left=left)
+    check_failure(run(out, "--source", "no-such.zip"), capsys, "no-such.zip", "--source", left=left)
 
+    def interrupt(url, path):
+        path.write_bytes(b"the first part")
+        raise KeyboardInterrupt
 
-def test_url_that_is_none(out, capsys):
-    check_failure(prepare.main(["fsdd", "--out", str(out), "--url", "nowhere"]), capsys, "--url")
-    check_nothing_left(out)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"<html>please log in</html>", make_tar(GOOD)[:-100], make_zip(GOOD)[:-100]],
-    ids=["empty", "html", "half a tar.gz", "half a zip"],
-)
-def test_damaged_archive(server, out, capsys, body):
-    server.bodies["/bad"] = body
-    code = prepare.main(["fsdd", "--out", str(out), "--url", server.url + "/bad"])
-    check_failure(code, capsys, server.url + "/bad", "damaged or not", "download it again")
-    check_nothing_left(out)
-
-
-def test_wrong_hash(server, out, capsys):
-    server.bodies["/good"] = make_tar(GOOD | {f"{TOP}/recordings/0_a_7.wav": b"other"})
-    code = prepare.main(["fsdd", "--out", str(out), "--url", server.url + "/good"])
-    check_failure(code, capsys, "4 recordings", "SHA-256", prepare.FSDD_SHA256, "try again")
-    check_nothing_left(out)
-
-
-def test_archive_without_recordings(server, out, capsys):
-    server.bodies["/good"] = make_tar({f"{TOP}/README.md": b"text"})
-    code = prepare.main(["fsdd", "--out", str(out), "--url", server.url + "/good"])
-    check_failure(code, capsys, "has no recordings/*.wav", prepare.FSDD_URL)
-    check_nothing_left(out)
-
-
-def test_missing_source(out, capsys):
-    code = prepare.main(["fsdd", "--out", str(out), "--source", "no-such-file.zip"])
-    check_failure(code, capsys, "no-such-file.zip", "--source")
-    check_nothing_left(out)
-
-
-def test_complete_folder_is_kept_without_a_download(server, out, capsys):
-    write_recordings(out / "recordings")
-    assert prepare.main(["fsdd", "--out", str(out), "--url", server.url + "/good"]) == 0
-    assert "already holds all 4 recordings" in capsys.readouterr().out
-    assert server.requests == []
+    monkeypatch.setattr(prepare, "download", interrupt)
+    check_failure(run(out), capsys, "interrupted", left=left)
 
 
 @pytest.mark.parametrize("change", ["missing", "changed", "extra", "empty", "file"])
 def test_other_folder_is_neither_used_nor_touched(server, out, capsys, change):
     recordings = out / "recordings"
     write_recordings(recordings)
-    if change == "missing":
-        (recordings / "0_a_7.wav").unlink()
-    elif change == "changed":
+    if change == "changed":
         (recordings / "0_a_7.wav").write_bytes(b"other")
     elif change == "extra":
         (recordings / "9_z_9.wav").write_bytes(b"")
     else:
-        shutil.rmtree(recordings)
-        recordings.mkdir() if change == "empty" else recordings.write_bytes(b"")
+        for path in [*recordings.iterdir()][: 1 if change == "missing" else None]:
+            path.unlink()
+    if change == "file":
+        recordings.rmdir()
+        recordings.write_bytes(b"")
     before = sorted(out.rglob("*"))
-    code = prepare.main(["fsdd", "--out", str(out), "--url", server.url + "/good"])
+    code = run(out, "--url", server.url + "/tar")
     check_failure(code, capsys, str(recordings), "incomplete or changed", "move it away")
     assert sorted(out.rglob("*")) == before and server.requests == []
 
 
-def test_out_that_cannot_be_written(out, tmp_path, capsys):
-    source = tmp_path / "mine"
-    source.write_bytes(make_tar(GOOD))
+def test_out_that_cannot_be_written(server, out, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_bytes(b"")  # a file where a folder has to be: root fails here too
-    target = tmp_path / "file" / "fsdd"
-    before = sorted(tmp_path.rglob("*"))
-    code = prepare.main(["fsdd", "--out", str(target), "--source", str(source)])
-    check_failure(code, capsys, str(target), "Not a directory", "check that you may write")
+    target, before, url = tmp_path / "file" / "fsdd", sorted(tmp_path.rglob("*")), server.url
+    words = ("Not a directory", "check that you may write")
+    check_failure(run(target, "--url", url + "/tar"), capsys, str(target), *words)
     assert sorted(tmp_path.rglob("*")) == before
+    target, left = out / ("a" * 300), out.parent.parent
+    words = (str(target), "File name too long")
+    check_failure(run(target, "--url", url + "/tar"), capsys, *words, left=left)
 
-
-def test_out_with_a_name_too_long(server, out, capsys):
-    too_long = out / ("a" * 300)
-    code = prepare.main(["fsdd", "--out", str(too_long), "--url", server.url + "/good"])
-    check_failure(code, capsys, str(too_long), "File name too long")
-    check_nothing_left(out)
-
-
-@pytest.mark.parametrize("text", ["data/fsdd", "./data/fsdd/", "gone/../data/fsdd"])
-def test_relative_out(out, tmp_path, monkeypatch, capsys, text):
-    monkeypatch.chdir(out.parent.parent)
-    source = tmp_path / "mine"
-    source.write_bytes(make_tar(GOOD))
-    assert prepare.main(["fsdd", "--out", text, "--source", str(source)]) == 0
-    line = capsys.readouterr().out
-    assert f"{Path(text)}/recordings: 4 recordings" in line
-    assert ("--data-root" in line) == text.startswith("gone")  # not needed for pmr.py's own default
-    assert read_folder(out / "recordings") == RECORDINGS
-    assert [path.name for path in Path().iterdir()] == ["data"]
-
-
-def test_full_disk(server, out, capsys, monkeypatch):
-    def write_bytes(path, content):
+    def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(prepare.Path, "write_bytes", write_bytes)
-    code = prepare.main(["fsdd", "--out", str(out), "--url", server.url + "/good"])
-    check_failure(code, capsys, str(out), "No space left", "the disk has room")
-    check_nothing_left(out)
-
-
-def test_interrupt(out, capsys, monkeypatch):
-    def interrupt(url, path):
-        path.write_bytes(b"the first part")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare, "download", interrupt)
-    check_failure(prepare.main(["fsdd", "--out", str(out)]), capsys, "interrupted")
-    check_nothing_left(out)
+    monkeypatch.setattr(prepare.Path, "write_bytes", full)
+    words = (str(out), "No space left", "the disk has room")
+    check_failure(run(out, "--url", url + "/tar"), capsys, *words, left=left)
 
 
 def test_command_line_ends_in_a_sentence_not_a_traceback(server, tmp_path):
-    arguments = ["fsdd", "--out", str(tmp_path / "data" / "fsdd"), "--url", server.url + "/missing"]
-    command = [sys.executable, str(SCRIPT), *arguments]
+    arguments = ["fsdd", "--out", tmp_path / "data" / "fsdd", "--url", server.url + "/missing"]
+    command = [sys.executable, ROOT / "data" / "prepare.py", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("prepare.py: ") and result.stderr.count("\n") == 1
-    assert "HTTP Error 404" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert "HTTP Error 404" in result.stderr and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["nothing"], ["fsdd", "--url", "http://127.0.0.1/x", "--source", "x"]]
-)
-def test_wrong_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as error:
-        prepare.main(arguments)
-    assert error.value.code == 2
-    assert "error: " in capsys.readouterr().err
+# ---- The hash ----
 
 
 def test_hash_is_over_sorted_names_and_bytes(tmp_path):
-    (tmp_path / "1_b_0.wav").write_bytes(b"second")
-    (tmp_path / "0_a_0.wav").write_bytes(b"first")
-    (tmp_path / "notes.txt").write_bytes(b"not counted")
+    for name, content in {"1_b_0.wav": "second", "0_a_0.wav": "first", "notes.txt": "not"}.items():
+        (tmp_path / name).write_text(content)
     expected = prepare.hashlib.sha256(b"0_a_0.wavfirst1_b_0.wavsecond").hexdigest()
     assert prepare.recordings_sha256(tmp_path) == expected
     assert prepare.recordings_sha256(str(tmp_path)) == expected
-
-
-def test_hash_of_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*gone.*python data/prepare.py fsdd"):
         prepare.recordings_sha256(tmp_path / "gone")
 
 
 def test_real_data():
-    folder = Path(os.environ.get("DATA_ROOT", "data"), "fsdd", "recordings")
+    folder = DATA_ROOT / "fsdd" / "recordings"
     if not folder.exists():
         pytest.skip(f"real data: no {folder}, run `python data/prepare.py fsdd` or set DATA_ROOT")
     assert prepare.recordings_sha256(folder) == REAL_SHA256

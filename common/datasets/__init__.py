@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..errors import UserError
-from . import av_digits, clips, colored_digits, features, files, synthetic, views
+from . import av_digits, clips, colored_digits, features, listing, synthetic, views
 from .base import Splits, TensorSplit, split_folds
 
 __all__ = ["DATASETS", "Dataset", "Splits", "TensorSplit", "load_dataset", "split_folds"]
@@ -31,7 +31,7 @@ class Dataset(NamedTuple):
 
 def from_files(name, load, dials):
     """A dataset whose files data/prepare.py has put under `root`/`name`."""
-    return Dataset(load, dials, small=False, identify=partial(files.identify, name))
+    return Dataset(load, dials, small=False, identify=partial(listing.identify, name))
 
 
 def from_clips(name, num_frames, spectrogram):

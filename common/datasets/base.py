@@ -132,6 +132,25 @@ class Splits:
         """Apply `function` to every split."""
         return replace(self, **{name: function(getattr(self, name)) for name in self.NAMES})
 
+    def doubled(self, modality):
+        """The same splits with `modality` and its copy, named `<modality>-2`, in place of all."""
+        names = (modality, f"{modality}-2")
+
+        def twice(inputs):
+            return dict.fromkeys(names, inputs[modality])
+
+        def double(split):
+            found = split.stored(
+                lambda tensor: tensor, split.index, lambda x: twice(split.render(x))
+            )
+            if split.augment:  # changes at random, the same ones in both
+                found.augment = lambda inputs, generator: twice(
+                    split.augment({modality: inputs[modality]}, generator)
+                )
+            return found
+
+        return replace(self.map(double), modalities=names)
+
 
 def split_folds(order, num_folds):
     """K pairs (all folds but the k-th, fold k); sizes of folds differ by one at most.

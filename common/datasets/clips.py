@@ -18,19 +18,9 @@ import torchaudio
 from ..errors import UserError
 from ..flags import Dial, number
 from ..seeding import make_generator
-from .files import (
-    DIALS,
-    DiskRows,
-    Files,
-    crop_box,
-    frame_names,
-    is_community,
-    make_listing,
-    make_splits,
-    normalize_frames,
-    read_listing,
-    read_wav,
-)
+from .file_splits import make_splits, normalize_frames
+from .files import DIALS, DiskRows, Files, crop_box, read_wav
+from .listing import frame_names, is_community, make_listing, read_listing
 
 MODALITIES = ("audio", "visual")
 SAMPLE_RATE = 16_000  # Hz

@@ -1,132 +1,26 @@
-"""Splits of a dataset that stays in files: frames and recordings, read as uint8 and float32 rows.
+"""Reading samples from files: recordings, and frames that are cut out, resized and perhaps kept.
 
-A prepared folder has manifest.json, clips.csv, frames/<id>/0001.jpg, ... and audio/<id>.wav; see
-data/README.md. Everything that is drawn at random for a sample comes from the seed in its request,
-so the number of worker processes changes no result.
+Everything that is drawn at random for a sample comes from the seed in its request, so the number of
+worker processes changes no result.
 """
 
-import csv
-import hashlib
-import json
-import os
 import random
 import wave
-from collections.abc import Callable
-from functools import cached_property, partial
-from pathlib import Path
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from ..flags import Dial, number
-from ..seeding import derive_seed, make_generator
-from .base import Splits, TensorSplit
+from .listing import frame_names
 
 DIALS = {
     "frame_cache": Dial(0, number(int, 0, 1), "1 keeps decoded frames on disk, for speed (0)"),
     "image_size": Dial(224, number(int, 32, 4096), "height and width of frames and views (224)"),
 }
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in RGB
-
-# ---- What lies in a folder ----
-
-
-class Listing(NamedTuple):
-    """The samples of a dataset: all that grows with their number.
-
-    ids: (N,) strings; labels: (N,) int64; counts: (N,) frames of each; splits: name -> rows (n,);
-    version: changes with the files, where data/prepare.py does not look after the cache.
-    """
-
-    folder: Path
-    frames: str
-    audio: str
-    classes: list
-    ids: np.ndarray
-    labels: torch.Tensor
-    counts: np.ndarray
-    splits: dict
-    version: tuple = ()
-
-    @property
-    def digest(self):
-        """Changes with the samples: part of the names of what is kept of them on disk."""
-        return f"{derive_seed(*self.ids, *self.counts, *self.version):016x}"
-
-
-def identify(name, root):
-    """Tells folders apart: how they were split, and the start of their lists' SHA-256.
-
-    None where there is nothing, or something damaged: `load` says what is wrong.
-    """
-    folder = Path(root) / name
-    community = is_community(folder)
-    lists = ("train.csv", "test.csv") if community else ("manifest.json", "clips.csv")
-    try:
-        contents = [(folder / file).read_bytes() for file in lists]
-        manifest = {} if community else json.loads(contents[0])
-        kind = "fake" if manifest.get("fake") else manifest.get("options", {}).get("split", "lists")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return f"{kind}-{hashlib.sha256(b''.join(contents)).hexdigest()[:8]}"
-
-
-def is_community(folder):
-    """Whether `folder` is the tree of OGM-GE's and PMR's users, not one of data/prepare.py."""
-    return (folder / "Image-01-FPS").exists() and not (folder / "manifest.json").exists()
-
-
-def read_listing(folder, name):
-    """The listing of a folder that `data/prepare.py` made of the dataset `name`."""
-    command = f"`python data/prepare.py {name} --source DIR --out {folder}`"
-    if not (folder / "manifest.json").exists():
-        raise UserError(
-            f"There is no prepared {name} in {folder}; run {command}, or name the folder above it "
-            "by --data-root."
-        )
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if (manifest["dataset"], manifest["format"]) != (name, 1):
-            raise ValueError(f"it is of {manifest['dataset']}, format {manifest['format']}")
-        classes = manifest["classes"]
-        with open(folder / "clips.csv", newline="", encoding="utf-8") as file:
-            clips = list(csv.DictReader(file))
-        numbers = {str(number): number for number in range(len(classes))}
-        labels = [numbers[clip["label"]] for clip in clips]
-        counts = [int(clip["frames"]) for clip in clips]
-        ids = [clip["id"] for clip in clips]
-        split = np.array([clip["split"] for clip in clips])
-        if unknown := set(split.tolist()) - {"train", "val", "test"}:
-            raise ValueError(f"no split is called {unknown.pop()}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"manifest.json or clips.csv in {folder} is damaged ({reason}); run {command} again."
-        ) from error
-    splits = {part: np.flatnonzero(split == part) for part in ("train", "val", "test")}
-    return make_listing(folder, "frames", "audio", classes, ids, labels, counts, splits)
-
-
-def make_listing(folder, frames, audio, classes, ids, labels, counts, splits):
-    """A `Listing`; UserError for a split without samples or a sample without frames."""
-    for name, rows in splits.items():
-        if len(rows) == 0:
-            raise UserError(f"{folder} lists no {name} samples; prepare it anew.")
-    empty = [id for id, count in zip(ids, counts, strict=True) if count < 1]
-    if empty:
-        raise UserError(
-            f"{folder / frames} has no frames of {len(empty)} of {len(ids)} samples, such as "
-            f"{empty[0]}; extract them, or take these samples out of the lists."
-        )
-    splits = {name: torch.as_tensor(rows) for name, rows in splits.items()}
-    ids, counts = np.array(ids), np.array(counts)
-    return Listing(folder, frames, audio, classes, ids, torch.tensor(labels), counts, splits)
-
 
 # ---- One file ----
 
@@ -214,7 +108,7 @@ class DiskRows:
         return float(self.rows["tag"][row]), self.rows["values"][row]
 
 
-# ---- Batches of files ----
+# ---- A batch of samples ----
 
 
 def full_box(aspect, rng):
@@ -330,111 +224,3 @@ class Files:
             return batch
         except UserError as error:
             return error
-
-
-def frame_names(folder):
-    """Sorted names of the images in `folder`; none if it is not there."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return []
-    return sorted(name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png")))
-
-
-class Pass:
-    """The sampler of a DataLoader that is used again and again: the requests of the present pass.
-
-    A cycle of references to the DataLoader would make its processes wait when they are to end.
-    """
-
-    requests = ()
-
-    def __iter__(self):
-        return iter(self.requests)
-
-
-class Loader:
-    """Reads requests from `files` in `num_workers` processes, which all splits share.
-
-    The processes stay alive from epoch to epoch. Two passes at a time do not disturb each other:
-    the second one starts its own.
-    """
-
-    def __init__(self, files):
-        self.files, self.num_workers = files, 0
-        self.current, self.shared, self.busy = Pass(), None, False
-
-    def read(self, requests, pin_memory):
-        """Yield `files[request]` for every one of `requests`, in order."""
-        open_loader = partial(
-            DataLoader,
-            self.files,
-            batch_size=None,  # a request is a whole batch
-            num_workers=self.num_workers,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # else it draws, for nothing, on torch's global one
-        )
-        if self.busy or self.num_workers == 0:
-            yield from open_loader(sampler=requests)
-            return
-        if self.shared is None:
-            self.shared = open_loader(sampler=self.current, persistent_workers=True)
-        self.current.requests, self.busy = requests, True
-        try:
-            yield from self.shared
-        finally:
-            self.busy = False
-
-
-class FileSplit(TensorSplit):
-    """A split whose tensors only say which `row` of the files a sample is; see `TensorSplit`.
-
-    render: what `Files` gives for a batch, on the device -> inputs, modality -> (B, C, ...) float.
-    """
-
-    augmented = True
-
-    def __init__(self, loader, rows, labels, render: Callable):
-        super().__init__({"row": rows}, labels, render)
-        self.loader = loader
-
-    def batches(self, batch_size, generator=None, augment=False):
-        """As `TensorSplit.batches`; `augment` draws frames, crop and flip, also by `generator`."""
-        order, device = self.shuffled(generator), self.index.device
-        rows, seeds = self.tensors["row"][order].cpu(), None
-        if augment:  # before the first batch: others may draw on the generator later
-            seeds = torch.randint(2**62, (len(self),), generator=generator)
-        parts = (slice(i, i + batch_size) for i in range(0, len(self), batch_size))
-        requests = ((rows[p].tolist(), None if seeds is None else seeds[p].tolist()) for p in parts)
-        batches = self.loader.read(requests, pin_memory=device.type == "cuda")
-        for index, batch in zip(order.split(batch_size), batches, strict=True):
-            if isinstance(batch, UserError):
-                batches.close()
-                self.loader.shared = None  # ends its processes, which a traceback would keep
-                raise batch
-            batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-            yield self.render(batch), self.all_labels[index], index
-
-
-def normalize_frames(frames):
-    """(B, N, S, S, 3) uint8 -> (B, 3, N, S, S) float32 in ImageNet's mean and standard deviation.
-
-    In memory the channels stay last.
-    """
-    shape = frames.shape
-    x = frames.flatten(-2).float()  # (B, N, S, 3 S): rows are long enough for vector instructions
-    mean, std = (x.new_tensor(value).mul(255).repeat(shape[3]) for value in (MEAN, STD))
-    return x.sub_(mean).div_(std).view(shape).permute(0, 4, 1, 2, 3)
-
-
-def make_splits(listing, files, render, modalities, data_seed):
-    """Splits in random order, for `head` takes the first; val is val_iid."""
-    loader = Loader(files)
-
-    def split(name):
-        rows = listing.splits[name]
-        rows = rows[torch.randperm(len(rows), generator=make_generator(data_seed, name))]
-        return FileSplit(loader, rows, listing.labels[rows], render)
-
-    train, val, test = (split(name) for name in ("train", "val", "test"))
-    return Splits(train, val, val, test, modalities, len(listing.classes), loader)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..flags import Dial
+from .file_splits import make_splits, normalize_frames
 from .files import DIALS as FILE_DIALS
-from .files import Files, full_box, make_splits, normalize_frames, read_listing
+from .files import Files, full_box
+from .listing import read_listing
 
 VIEWS = 12  # around the shape, one every 30 degrees
 NAMES = {0: "front", 6: "rear"}
