@@ -111,7 +111,8 @@ class ToyNetwork(nn.Module):
         z = self.theta(x).relu()  # (R, G, B, h)
         if self.fusion == "intermediate":
             z = z.transpose(1, 2).flatten(2).unsqueeze(1)  # (R, 1, B, M h)
-        return self.psi[head](self.phi(z).relu()).mean(dim=1)
+        psi = self.psi[head]
+        return psi(self.phi(z).relu()).mean(dim=1)
 
 
 def phases(method, network, head_set, embedding_set, k):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from common.command_line import Command, given_flags, parse_flags, shared_knobs
+from common.curves import draw_curves
 from common.errors import UserError
 from common.run import changed_knobs, join_name
 from common.seeding import make_generator
@@ -36,12 +37,15 @@ class Grid(NamedTuple):
     title:   of the table and the figure.
     parts:   settings of each call of a script; "script" names it where it is not the experiment's.
     columns: title -> path in a run's summary; "test", in percent, is among them.
-    shown:   the titles that stand in the table and the figure; default: all in the table.
+    shown:   the titles that stand in the table and the figure, "|title|" for magnitudes; default:
+             all in the table.
     digits:  title -> decimals, where not one.
     fields:  the settings that tell parts apart; they are columns, too.
     pooled:  whether a row of the table is over all values of the fields.
     pairs:   (method, reference), to be compared seed by seed.
+    derive:  row of a run -> more of its columns, which are in no summary.
     extend:  (row of the table, its runs) -> more columns, such as the paper's numbers.
+    curves:  runs -> panels of curves by epoch, for the record and the figure, see `draw_curves`.
     figure:  (title, table, runs) -> figure; default: bars of what is shown, or of `test`.
     """
 
@@ -53,7 +57,9 @@ class Grid(NamedTuple):
     fields: tuple = ()
     pooled: bool = False
     pairs: list = []  # noqa: RUF012
+    derive: Callable = lambda run: {}
     extend: Callable = lambda row, runs: {}
+    curves: Callable | None = None
     figure: Callable | None = None
 
 
@@ -78,6 +84,8 @@ class Experiment:
         add_flags(parser.add_argument)
         self.options, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
         self.name = self.options.experiment
+        del self.options.experiment
+        self.own_defaults = {name: parser.get_default(name) for name in vars(self.options)}
         self.given = given_flags(script.SCRIPT, words)
         self.command = Command(script.SCRIPT, self.given)
         self.args, self.modalities = self.command.args, self.command.splits.modalities
@@ -108,12 +116,13 @@ class Experiment:
             results.append(script.main(self.settings_of(script, settings)))
             fields = {field: settings.get(field) for field in grid.fields}
             for run in results[-1].get("runs", [results[-1]]):
-                named = {name: run[name] for name in NAMES} | fields
-                runs.append(
-                    named | {title: lookup(run, path) for title, path in grid.columns.items()}
-                )
+                row = {name: run[name] for name in NAMES} | fields
+                row |= {title: lookup(run, path) for title, path in grid.columns.items()}
+                runs.append(row | grid.derive(row))
         record = {"title": grid.title + made_up(self.args.data), "arguments": self.arguments(grid)}
         record |= summarize(grid, runs)
+        if grid.curves:
+            record["panels"] = grid.curves(runs)
         self.write(grid, record, runs)
         return record | {"runs": runs, "results": results}
 
@@ -136,7 +145,7 @@ class Experiment:
         found = {knob: getattr(self.args, knob) for knob in knobs}
         fusions = list(dict.fromkeys(part.get("fusion", self.args.fusion) for part in grid.parts))
         found["fusion"] = fusions[0] if len(fusions) == 1 else fusions
-        return found | {"method": methods, "seeds": self.args.seeds}
+        return found | vars(self.options) | {"method": methods, "seeds": self.args.seeds}
 
     @property
     def folder(self):
@@ -145,7 +154,8 @@ class Experiment:
         fusion = [args.fusion] if args.fusion != script.fusions[0] else []
         knobs = {knob: getattr(args, knob) for knob in shared_knobs(args.dataset)}
         knobs |= {k: getattr(args, k) for flags in script.methods.values() for k in flags}
-        changed = changed_knobs(knobs, self.command.defaults)
+        knobs |= vars(self.options)
+        changed = changed_knobs(knobs, self.command.defaults | self.own_defaults)
         return Path(args.out) / script.name / args.dataset / join_name(self.name, *fusion, *changed)
 
     def write(self, grid, record, runs):
@@ -153,7 +163,9 @@ class Experiment:
         make_folder(self.folder)
         write_rows(self.folder / "rows.csv", runs)
         write_json(self.folder / "table.json", record)
-        if grid.figure:
+        if grid.curves:
+            figure = draw_curves(grid.title, record["panels"])
+        elif grid.figure:
             figure = grid.figure(grid.title, record["rows"], runs)
         else:
             figure = draw_bars(grid.title, record["rows"], grid.shown or ["test"], grid.fields)

@@ -26,6 +26,10 @@ from .toy_figures import draw_error_bars, draw_lines, draw_regions
 
 def summarize(runs):
     """Rows of runs, as in rows.csv -> rows of "table1", "table2" and "differences"."""
+    runs = [
+        {**run, "gap": run["test"] - run["train"], "fresh gap": run["fresh"] - run["train"]}
+        for run in runs
+    ]
     return {
         "table1": paper_table([run for run in runs if run["method"] == "joint"]),
         "table2": paper_table([run for run in runs if run["set"] != "C"]),
@@ -131,7 +135,9 @@ def run_tables(words, args, folder):
         "seconds": round(time.perf_counter() - start, 1),
         **summarize(result["runs"]),
     }
-    write_rows(folder / "rows.csv", result["runs"])
+    gaps = ("gap", "fresh gap")  # the test or fresh error less that in training
+    runs = [{k: v for k, v in run.items() if k not in gaps} for run in result["runs"]]
+    write_rows(folder / "rows.csv", runs)
     for name, figure in draw_figures(record, result["networks"], args).items():
         write_figure(folder / f"{name}.png", figure)
     write_json(folder / "table.json", record)
