@@ -13,13 +13,19 @@
 Every run leaves its configuration, metrics, predictions, curves and checkpoints in
 runs/baselines/<dataset>/<method>-<fusion>[-<knob>=<value>]-seed<k>/. See docs/baselines.md.
 
+The PMR paper compares with g-blending, ogm-ge and a modality dropout (Table 2), the UMT paper with
+g-blending and ogm-ge; which has auxiliary losses could not be read.
+
 Differs from the papers:
-- aux-ce has one linear head for each modality, all losses weigh 1: the sum, not the mean.
-- Gradient-Blending holds out a tenth of the training data; a head that gained nothing has weight 0;
-  a change of the gap counts as 1e-4 at least: ours. Its heads are linear, as in aux-ce.
-- OGM-GE modulates to the end; its authors stop half way. Vectors: weight matrices for convolutions.
-- OGM-GE for more than two modalities compares each with the slowest other one: ours.
-- Modality dropout drops one modality of a sample, drawn at random, and does not rescale: ours.
+- aux-ce has one linear head for each modality; the sum of all losses, all weights 1: ours.
+- Gradient-Blending holds out a tenth of the training data and never trains on it; its weights sum
+  to 1. A head that gained nothing has weight 0, a change of the gap counts as 1e-4 at least: ours.
+- OGM-GE modulates to the end; its authors stop half way. For vectors the weight matrices take the
+  place of the convolution kernels; of several modalities each is compared with the slowest: ours.
+- OGM-GE needs a head that splits into modalities; PMR's variant of it for FiLM is not here.
+- Modality dropout drops either modality of a sample, without rescaling: ours. PMR's DropPathway
+  drops the audio pathway, for a whole iteration.
+- Hyper-parameters are ours, see RECIPES and add_flags.
 """
 
 import copy
@@ -63,7 +69,11 @@ class Joint(nn.Module):
 
 
 class AuxiliaryCE(Joint):
-    """L = sum over m of w_m CE(W_m z^m + b_m, y), plus w CE(logits, y), all weights 1."""
+    """L = sum over m of w_m CE(W_m z^m + b_m, y), plus w CE(logits, y).
+
+    All weights are 1; Gradient-Blending (Wang et al., CVPR 2020) estimates them, see
+    `blend_weights` and `estimate`.
+    """
 
     def __init__(self, model, config):
         super().__init__(model, config)
@@ -81,15 +91,8 @@ class AuxiliaryCE(Joint):
         return torch.stack([F.cross_entropy(x, labels) for x in [*alone, logits]])
 
 
-class GradientBlending(AuxiliaryCE):
-    """Gradient-Blending (Wang et al., CVPR 2020): `AuxiliaryCE` with weights w_i ~ G_i / O_i^2.
-
-    The weights are estimated by training a copy of the network on each loss alone: `estimate`.
-    """
-
-
 def blend_weights(gains, overfits):
-    """w_i = G_i / O_i^2, normalised to a sum of 1 (Wang et al., Sec. 3.2).
+    """w_i = G_i / O_i^2, normalised to a sum of 1 (Wang et al., CVPR 2020).
 
     gains:    G_i, how much the held-out loss of head i fell between two checkpoints.
     overfits: O_i, how much the gap between held-out and training loss grew.
@@ -115,8 +118,7 @@ class OGMGE(Joint):
 
         Touches convolution kernels, as the authors' code does, or in an encoder without any the
         weight matrices; no biases, no BatchNorm, not the head. The noise is added in every
-        modality, with the standard deviation of the unscaled gradient. The authors stop modulating
-        half way through training; here it goes on to the end.
+        modality, with the standard deviation of the unscaled gradient.
         """
         features = {m: z.float() for m, z in features.items()}
         factors = ogm_coefficients(model.fusion.unimodal_logits(features), labels, self.alpha)
@@ -129,7 +131,7 @@ class OGMGE(Joint):
 
 
 def ogm_coefficients(logits, labels, alpha):
-    """k_m: modality -> factor on its encoder's gradient (Peng et al., Eq. 9 and 10).
+    """k_m: modality -> factor on its encoder's gradient.
 
     rho_m = (sum of the probabilities that modality m gives the true classes) / (that of the slowest
     other modality); k_m = 1 - tanh(alpha rho_m) where rho_m > 1, else 1.
@@ -171,7 +173,7 @@ class ModalityDropout(Joint):
 RULES = {
     "joint": Joint,
     "aux-ce": AuxiliaryCE,
-    "g-blending": GradientBlending,
+    "g-blending": AuxiliaryCE,
     "ogm-ge": OGMGE,
     "modality-dropout": ModalityDropout,
 }
@@ -185,15 +187,18 @@ FUSIONS = ("concat", "sum", "film", "gated", "mlp", "attention")
 
 
 def train(run, model, splits, config):
-    """One loop for all rules; of a single modality plain training."""
+    """One loop for all rules; of a single modality plain training.
+
+    `run.batches` sets the epoch's learning rate, `run.end_epoch` keeps the best on validation.
+    """
     rule = RULES.get(config.method, Joint)(model, config).to(config.device)
     data, held_out = splits.train, None
     if config.method == "g-blending":
         data, held_out = hold_out(splits.train, config)
     optimizer = build_optimizer([*model.parameters(), *rule.parameters()], config)
     state = {"model": model, "rule": rule, "optimizer": optimizer}
+    span = config.epochs if config.blend == "offline" else config.super_epoch
     for epoch in run.epochs(state, samples=len(data)):
-        span = config.epochs if config.blend == "offline" else config.super_epoch
         if held_out and epoch % span == 0:
             last = min(epoch + span, config.epochs)
             weights = estimate(run, model, rule, data, held_out, range(epoch, last), config)
@@ -267,7 +272,7 @@ def mean_loss(i, network, rule, split, config):
 
 @torch.no_grad()
 def test(run, model, splits, config):
-    """The test split read once, by the best network on validation and by the last."""
+    """The test split, looked at here only: by the best network on validation, and by the last."""
     run.restore({"model": model}, "best.pt")
     best = measure(model, predict(model, splits.test, config), splits.test)
     run.restore({"model": model}, "last.pt")
@@ -306,11 +311,13 @@ METHODS = {  # and the flags that decide their results
     "modality-dropout": ("drop_probability",),
     "unimodal": (),
 }
-COMPARED = ("joint", "aux-ce", "ogm-ge", "modality-dropout")
+COMPARED = ("joint", "aux-ce", "ogm-ge", "modality-dropout")  # g-blending trains M + 2 networks
 
 
 def add_flags(add):
-    add("--ogm-alpha", type=SIZE, default=0.3, metavar="X", help="of ogm-ge (%(default)s)")
+    add(
+        "--ogm-alpha", type=SIZE, default=0.3, metavar="X", help="of ogm-ge (%(default)s)"
+    )  # [C] 0.1, 0.8
     share = {"type": SHARE, "default": 0.3, "metavar": "X"}
     add("--drop-probability", **share, help="p of modality-dropout (%(default)s)")
     kinds = {"choices": ["offline", "online"], "default": "offline"}
@@ -319,7 +326,11 @@ def add_flags(add):
 
 
 def columns(modalities):
-    """Columns of the table: title -> where the number stands in a summary."""
+    """Columns of the table: title -> where the number stands in a summary.
+
+    head: accuracy of a modality's share of the fused logits; probe: of a linear classifier trained
+    anew on its frozen encoder.
+    """
     found = {"test": "test.accuracy", "macro-F1": "test.macro_f1", "best": "best.test.accuracy"}
     for m in modalities:
         found |= {f"{m} head": f"test.{m}.head", f"{m} probe": f"test.{m}.probe"}

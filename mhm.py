@@ -14,7 +14,8 @@ Every run leaves its configuration, metrics, predictions, curves and checkpoints
 runs/mhm/<dataset>/<method>-<fusion>[-<knob>=<value>]-seed<k>/. See docs/mhm.md.
 
 Differs from the paper, or settles what it leaves open (no code or supplement was at hand):
-- An epoch is a round of both phases, one pass over the data; after head K comes head 1: ours.
+- An epoch is a round of both phases, one pass over the data, in which phi learns from a K-th of it;
+  after head K comes head 1: ours.
 - Folds are drawn once; their sizes differ by one if K does not divide the data: ours.
 - Every module has its own optimizer, whose moments rest while the module is frozen: ours.
 - Frozen BatchNorm keeps and uses its running statistics; frozen dropout stays on: ours.
@@ -24,10 +25,10 @@ Differs from the paper, or settles what it leaves open (no code or supplement wa
 - MMM swaps phi^k: frozen in the H-phase, and deployed by the rule for heads: ours.
 - Shake-shake has two branches, with weights drawn for each sample: ours.
 - GS is the mean over ordered pairs of networks, or from their mean: the paper names no pairing.
-- Gap and GS-harness by epoch are on validation, not on test data; missing and hitting ratio are
-  shares of all test items: ours.
-- None of its tasks is here: videos of AVE are classified as wholes, not second by second.
-- Networks and, K apart, hyper-parameters: see EMBEDDING_DIM and RECIPES.
+- By epoch error, gap, GS (of 1,000 items) and GS-harness are on validation, not on test data;
+  missing and hitting ratio are shares of all test items: ours.
+- None of its tasks is here (AVE second by second, THUMOS14, CMU-MOSEI): videos are classified as
+  wholes. K = 4 is the paper's for AVE. Networks and the rest: see EMBEDDING_DIM and RECIPES, ours.
 """
 
 from common.command_line import Command, Script, run_command
@@ -103,7 +104,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "mhm": Variant(),
     "mhm-no-freeze": Variant(freezing=False),
-    "ensemble": Variant(several=KINDS, averaged=True),
+    "ensemble": Variant(several=KINDS, freezing=False, averaged=True),
     "one-head-one-set": Variant(several=(), one_set=True),
     "one-head-k-sets": Variant(several=()),
     "k-heads-one-set": Variant(one_set=True),
@@ -174,6 +175,9 @@ def divergence_from_mean(log_p):
 
 
 GS = {"pairwise": pairwise_divergence, "mean": divergence_from_mean}
+
+
+# Of several runs on the same items: for experiments/mhm.py.
 
 
 def missing_ratio(correct, unimodal_correct):
@@ -369,9 +373,9 @@ def evaluate(model, split, deployed, config):
 
 @torch.no_grad()
 def test(run, model, splits, config):
-    """The test split read once, by the best network on validation and by the last."""
+    """The test split, looked at here only: by the best network on validation, and by the last."""
     trace = Trace(config, splits)
-    run.restore({"model": model}, "best.pt")
+    run.restore({"model": model}, "best.pt")  # and the history up to that epoch
     best, _ = evaluate(model, splits.test, run.history[-1]["deployed"], config)
     run.restore({"model": model, "trace": trace}, "last.pt")
     end = run.history[-1]

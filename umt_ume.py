@@ -15,15 +15,18 @@ evidence in auto-<fusion>[-<knob>=<value>]/decision.json. See docs/umt_ume.md.
 
 Differs from the paper (read up to the beginning of Sec. 3; no code of its authors was found):
 - UMT's distance: mean squared error of the features before fusion, as in three public
-  re-implementations. Its weight is chosen by dataset: ours; they have 1 and 10.
+  re-implementations. Its weight: 10 as in one of them, or chosen on validation, see RECIPES.
+- A network's modules start from one stream of random numbers: the student's first encoder starts
+  where its teacher did, the second does not.
 - Teachers: last epoch, frozen, in evaluation mode, on the augmented batch of the student: ours.
-- What UME averages: `ume` probabilities, `ume-logits` logits, of the last epoch, all weights equal.
+- UME's average could not be read: `ume` averages probabilities, `ume-logits` logits, of the last
+  epoch, all weights equal: ours.
 - The "empirical trick to decide which one to use": a linear classifier on frozen features against
   UME, on validation, paired by item, with a margin of a standard error: ours.
 - That classifier and the probes of the encoders are scikit-learn's logistic regression: ours.
 - Networks, the heads mlp and attention, RECIPES and the dataset synthetic are ours.
-- Kinetics-400 and UCF101 are not here. The paper's rivals are in other scripts: baselines.py has
-  G-Blending and OGM-GE, greedy_balance.py has Wu et al. (2022).
+- Kinetics-400, UCF101 and DropPathway are not here. baselines.py has G-Blending and OGM-GE,
+  greedy_balance.py has Wu et al. (2022).
 """
 
 from pathlib import Path
@@ -181,7 +184,10 @@ def find_targets(teachers, split, config):
 
 
 def train(run, model, splits, config):
-    """Joint training of the run's modalities, be it one; UMT adds the distance to its teachers."""
+    """Joint training of the run's modalities, be it one; UMT adds the distance to its teachers.
+
+    `run.batches` sets the epoch's learning rate, `run.end_epoch` keeps the best on validation.
+    """
     if config.method in ASSEMBLED:
         return
     targets = None
@@ -214,7 +220,7 @@ def evaluate(model, split, config):
 
 @torch.no_grad()
 def test(run, model, splits, config):
-    """The test split read once, by the best network on validation and by the last."""
+    """The test split, looked at here only: by the best network on validation, and by the last."""
     if config.method in ASSEMBLED:
         return test_assembled(run, splits, config)
     run.restore({"model": model}, "best.pt")
@@ -222,7 +228,7 @@ def test(run, model, splits, config):
     run.restore({"model": model}, "last.pt")
     last, outputs = evaluate(model, splits.test, config)
     for m, found in probe_encoders(lambda x: forward(model, x, config)[1], splits).items():
-        last[m]["probe"] = found  # below that of the network trained on m alone: laziness
+        last[m]["probe"] = found  # lower than that of the uni-modal network's encoder: laziness
     summary = run.summarize(last, best) | {"parameters": count_parameters(model)}
     val_logits = predict(model, splits.val, config)["logits"]  # what `auto` decides on
     curves = {"accuracy (%)": {"train": "train.accuracy", "validation": "val.accuracy"}}
@@ -239,8 +245,8 @@ def test_assembled(run, splits, config):
     named = ("script", "dataset", "method", "fusion", "seed", "epochs")
     summary = {key: config.arguments[key] for key in named}
     summary |= {"seconds": round(run.seconds, 1), **found["last.pt"]}
-    summary["best"] = {"epoch": None, **found["best.pt"]}
-    if config.method != "linear":
+    summary["best"] = {"epoch": None, **found["best.pt"]}  # every network has its own
+    if config.method != "linear":  # whose classifier is scikit-learn's
         summary["parameters"] = count_parameters(*models.values())
     predictions = {"index": splits.test.index, "label": splits.test.labels}
     return summary, predictions | {"logits": logits["test"], "val_logits": logits["val"]}
@@ -292,7 +298,9 @@ def decide(command):
     return {
         "choice": choose(correct["linear"], correct["ume"]),
         "by_seed": ", ".join(f"{single.count(m)} {m}" for m in sorted(set(single))),
-        "joint_is_better": all(row["points"] > row["standard_error"] for row in evidence[1:]),
+        "joint_is_better": all(
+            row["points"] > row["standard_error"] for row in evidence if row["method"] == "joint"
+        ),
         "validation": {m: 100 * float(x.double().mean()) for m, x in correct.items()},
         "evidence": evidence,
     }
@@ -365,7 +373,10 @@ def add_flags(add):
 
 
 def columns(splits):
-    """Columns of the table: title -> where the number stands in a summary."""
+    """Columns of the table: title -> where the number stands in a summary.
+
+    probe: accuracy of a linear classifier trained anew on the frozen encoder.
+    """
     found = {"test": "test.accuracy", "macro-F1": "test.macro_f1", "best": "best.test.accuracy"}
     found |= {"val": "val.accuracy"}
     found |= {f"{m} probe": f"test.{m}.probe" for m in splits.modalities}

@@ -32,6 +32,7 @@ class Script(NamedTuple):
     recipes:  dataset -> flag -> default; a function of the flags gives one that depends on others.
     unfused:  the methods that have no fusion.
     needs:    method -> the methods whose runs it starts from, or a function of the flags.
+    prepare:  (flags, splits) -> splits, where a flag of the script changes the data.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Script(NamedTuple):
     add_flags: Callable = lambda add: None
     unfused: tuple = ("unimodal",)
     needs: dict = {}  # noqa: RUF012
+    prepare: Callable = lambda args, splits: splits
     dataset: str = "digits"
 
 
@@ -169,11 +171,10 @@ def shared_knobs(dataset):
 class Command:
     """A command line: the dataset that it names, and a configuration for each of its runs.
 
-    argv:    a list of words, None for those of the process, or a dict of settings (experiments/).
-    prepare: (flags, splits) -> splits, where a flag of the script changes the data.
+    argv: a list of words, None for those of the process, or a dict of settings (experiments/).
     """
 
-    def __init__(self, script, argv=None, prepare=lambda args, splits: splits):
+    def __init__(self, script, argv=None):
         self.script = script
         settings = argv if isinstance(argv, dict) else {}
         words = sys.argv[1:] if argv is None else argv
@@ -190,7 +191,7 @@ class Command:
         dataset = DATASETS[args.dataset]
         args.data = dataset.identify(args.data_root) if dataset.identify else None
         self.defaults = self.fill_in(args, dataset)
-        self.splits = prepare(args, self.load_splits(args, dataset))
+        self.splits = script.prepare(args, self.load_splits(args, dataset))
         self.methods = self.choose_methods(args.method, dataset)
 
     def fill_in(self, args, dataset):

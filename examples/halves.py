@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import umt_ume
 from common.command_line import run_command
 from common.datasets import DATASETS, Dataset, Splits, TensorSplit
-from common.encoders import CNN, ENCODERS
+from common.networks.encoders import CNN, ENCODERS
 from common.seeding import make_generator
 
 

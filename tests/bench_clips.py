@@ -29,6 +29,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -42,11 +43,10 @@ from bench_pmr import ROWS, interleave, ratios, report
 from PIL import Image
 
 from common.datasets import load_dataset
-from common.encoders import build_encoder
-from common.fusion import Concat
+from common.networks.multimodal import build_model
+from common.optimizer import build_optimizer
 from common.seeding import make_generator
-from common.training import build_optimizer, write_json
-from umt_ume import LateFusion
+from common.storage import write_json
 
 BATCH = 64
 FEW, MANY = 256, 1024  # clips of (d)
@@ -105,10 +105,13 @@ def seconds(epoch):
 def waiting_share(root, workers, device, epochs=5):
     """(e), in percent, of each of `epochs` epochs after a first one."""
     splits = our_splits(root, workers, frame_cache=1, device=device)
-    encoders = {m: build_encoder("crema-d", shape) for m, shape in splits.shapes.items()}
-    head = Concat(dict.fromkeys(encoders, 512), splits.num_classes)
-    model = LateFusion(encoders, head).to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer("sgd", model.parameters(), 1e-3, 1e-4)
+    config = SimpleNamespace(
+        dataset="crema-d", modalities=splits.modalities, fusion="concat", seed=0
+    )
+    vars(config).update(device=device, pretrained=False, optimizer="sgd", lr=1e-3, momentum=0.9)
+    config.weight_decay = 1e-4
+    model = build_model(config, splits)
+    optimizer = build_optimizer(model.parameters(), config)
     generator = make_generator("benchmark")
 
     def train(batches):

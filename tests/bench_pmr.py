@@ -8,10 +8,9 @@
     step beta or gamma is checked to be above 0. The joint step is the cross-entropy and nothing
     else; pmr.py's `joint` also watches rho, which would flatter the ratio.
 (b) The usual way / ours: joint training with loading. tests/plain_cg_mnist.py, a DataLoader over
-    PIL images, against pmr.py's `train_epoch`, which watches rho as in real runs. Both draw batches
+    PIL images, against the steps of pmr.py's `train`, which watches rho as in real runs. Both draw
     from 50,000 shuffled images; layers and optimizer are the same. With two workers in wall time,
-    as CPU time is spread over processes; a turn starts when they idle with their queue full, as
-    amid an epoch when they are fast enough, and else to their advantage.
+    as CPU time is spread over processes; a turn starts when they idle with their queue full.
 (c) Prototypes from a tenth of the training data, computed once / an epoch of PMR training, which is
     its number of steps times the time of a step with loading. (b) leaves the prototypes out.
 (d) Peak resident memory of `python pmr.py --dataset cg-mnist --method pmr --epochs 1` on the CPU, a
@@ -37,20 +36,21 @@ from functools import partial
 from itertools import cycle, islice
 from operator import ge, le
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-os.environ["GOMP_SPINCOUNT"] = "0"
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import pmr
-from common.rebalance import build_rival
+from common.command_line import Command
+from common.device import forward
+from common.evaluation import Totals, count_correct
+from common.networks.multimodal import build_model
+from common.optimizer import build_optimizer
 from common.seeding import make_generator
-from common.training import autocast, build_optimizer
 from tests import plain_cg_mnist as plain
 
 CHUNK = 10  # batches of a turn in (b) and (c)
@@ -95,7 +95,7 @@ def report(name, values, target=None, unit="", summary=statistics.median):
     ROWS.append(row)
 
 
-# ---- Both sides ----
+# ---- Our side ----
 
 
 class Ours:
@@ -103,20 +103,18 @@ class Ours:
 
     def __init__(self, data_root, method, device="cpu"):
         argv = ["--dataset", "cg-mnist", "--data-root", data_root, "--fusion", "concat"]
-        args, _ = pmr.parse_args([*argv, "--method", method, "--device", device])
-        device = torch.device(device)
-        self.splits = pmr.load_splits(args, device)
-        chosen = {"method": method, "seed": 0, "device": device, "num_classes": 10}
-        self.config = config = SimpleNamespace(**{**vars(args), **chosen})
-        self.model = pmr.build_model(config, self.splits)
-        self.optimizer = build_optimizer(
-            config.optimizer, self.model.parameters(), config.lr, config.weight_decay
+        command = Command(pmr.SCRIPT, [*argv, "--method", method, "--device", device])
+        self.splits, self.config = command.splits, next(command.configs())
+        self.model = build_model(self.config, self.splits)
+        self.optimizer = build_optimizer(self.model.parameters(), self.config)
+        self.subset, self.prototypes = (
+            pmr.draw_subset(self.splits.train, self.config),
+            nn.ModuleDict(),
         )
-        self.subset = pmr.draw_subset(self.splits, config)
-        self.prototypes = pmr.build_prototypes(self.model, config)
-        self.rival = build_rival(self.model, self.splits.train, 10, config)
         for m, means in self.subset_means().items():
-            self.prototypes[m].update(*means, config.momentum_epsilon)
+            centers = pmr.Prototypes(10, self.model.encoders[m].dim).to(self.config.device)
+            centers.update(*means, self.config.momentum_epsilon)
+            self.prototypes[m] = centers
         self.model.train()
 
     def subset_means(self):
@@ -128,24 +126,25 @@ class Ours:
         return self.splits.train.batches(self.config.batch_size, generator, augment=True)
 
     def train(self, batches):
-        """A chunk of `batches` through pmr.py's own loop."""
-        state = (self.model, self.prototypes, self.rival, self.optimizer)
-        pmr.train_epoch(*state, islice(batches, CHUNK), self.config, self.config.mu)
+        """A chunk of `batches` as in pmr.py's `train`."""
+        self.model.train()
+        totals = Totals(("loss", "accuracy", "rho"), self.config.device)
+        for batch in islice(batches, CHUNK):
+            logits, loss, rho = self.step(batch)
+            totals.add(len(batch[1]), loss, count_correct(logits, batch[1]), rho)
+        return totals.means()
 
-    def step(self, batch, joint=False):
-        """One step as in `train_epoch`: loss and rho. joint: the cross-entropy and nothing else."""
+    def step(self, batch, plain=False):
+        """One step: logits, loss, rho. plain: the cross-entropy and nothing else."""
         inputs, labels, _ = batch
-        with autocast(self.config.device, self.config.precision):
-            logits, features = self.model(inputs)
-        if joint:
-            loss, rho = F.cross_entropy(logits.float(), labels), None
-        else:
-            rest = (self.prototypes, self.rival, self.config, self.config.mu)
-            loss, rho = pmr.training_loss(logits.float(), features, labels, *rest)
+        logits, features = forward(self.model, inputs, self.config)
+        loss, rho = F.cross_entropy(logits, labels), None
+        if not plain:
+            loss, rho = pmr.rebalance(loss, features, labels, self.prototypes, self.config, True)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return loss.detach(), rho
+        return logits, loss.detach(), rho
 
 
 def endless(epoch):
@@ -160,15 +159,14 @@ def endless(epoch):
 def compare_steps(name, target, ours, pairs, turns, steps=1, clock=time.process_time):
     """Report PMR step / joint step and the milliseconds of both, over the same batches."""
     drawn = list(islice(ours.batches(), 50))
-    batches = {"pmr": cycle(drawn), "joint": cycle(drawn)}
-    rhos = []
+    batches, rhos = {"pmr": cycle(drawn), "joint": cycle(drawn)}, []
 
     def pmr_steps():
-        rhos.extend(ours.step(batch)[1] for batch in islice(batches["pmr"], steps))
+        rhos.extend(ours.step(batch)[2] for batch in islice(batches["pmr"], steps))
 
     def joint_steps():
         for batch in islice(batches["joint"], steps):
-            ours.step(batch, joint=True)
+            ours.step(batch, plain=True)
 
     times = interleave(pmr_steps, joint_steps, pairs, turns, clock)
     beta, gamma = pmr.coefficients(torch.stack(rhos), ours.config.coefficients)
@@ -181,14 +179,13 @@ def compare_steps(name, target, ours, pairs, turns, steps=1, clock=time.process_
 
 def measure_steps(options):
     """(a) on the CPU."""
-    ours = Ours(options.data_root, "pmr")
-    compare_steps("", ("<=", 1.03), ours, options.pairs, turns=10)
+    compare_steps("", ("<=", 1.03), Ours(options.data_root, "pmr"), options.pairs, turns=10)
 
 
 def measure_steps_on_gpu(options):
     """(a) on the GPU."""
     cpu, gpu = (Ours(options.data_root, "pmr", device) for device in ("cpu", "cuda"))
-    losses = [[run.step(b)[0].item() for b in islice(run.batches(), 20)] for run in (cpu, gpu)]
+    losses = [[run.step(b)[1].item() for b in islice(run.batches(), 20)] for run in (cpu, gpu)]
     differences = [abs(on_cpu - on_gpu) for on_cpu, on_gpu in zip(*losses, strict=True)]
     report("(a) |loss on cuda - on CPU|, largest of 20", differences, ("<=", 1e-3), summary=max)
 
@@ -209,20 +206,17 @@ def measure_steps_on_gpu(options):
 
 def measure_usual_way(options, workers, clock):
     """(b)"""
-    ours = Ours(options.data_root, "joint")
-    config, model = ours.config, plain.TwoBranchNet()
+    ours, model = Ours(options.data_root, "joint"), plain.TwoBranchNet()
     sizes = [sum(p.numel() for p in network.parameters()) for network in (model, ours.model)]
     assert sizes[0] == sizes[1], f"not the same network: {sizes} parameters"
-    # As in the comparator's main, with pmr.py's recipe.
-    decay = config.weight_decay
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=decay)
+    optimizer = build_optimizer(model.parameters(), ours.config)
     colors = torch.rand(60_000, 3, generator=make_generator("benchmark")).numpy()
-    images = len(ours.splits.train)
-    loader = plain.make_loader(options.data_root, colors, config.batch_size, workers, limit=images)
+    size = ours.config.batch_size, workers, len(ours.splits.train)
+    loader = plain.make_loader(options.data_root, colors, *size)
     usual, batches = endless(partial(iter, loader)), endless(ours.batches)
 
     def train_usual():
-        plain.train_epoch(model, islice(usual, CHUNK), optimizer, config.device)
+        plain.train_epoch(model, islice(usual, CHUNK), optimizer)
 
     wait = partial(time.sleep, IDLE_SECONDS if workers else 0)
     train_ours = partial(ours.train, batches)
@@ -245,9 +239,8 @@ SHORT_RUN = """
 import resource, sys
 from itertools import islice
 import pmr
-train_epoch = pmr.train_epoch
-pmr.train_epoch = lambda model, prototypes, rival, optimizer, batches, *rest: train_epoch(
-    model, prototypes, rival, optimizer, islice(batches, 50), *rest)
+batches = pmr.Run.batches
+pmr.Run.batches = lambda *arguments: islice(batches(*arguments), 50)
 pmr.main(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -256,13 +249,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def measure_memory(options):
     """(d) To be first: Linux starts a child's ru_maxrss at the peak that its parent had so far."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    python = [sys.executable, "-c", SHORT_RUN]
     flags = ["--dataset", "cg-mnist", "--method", "pmr", "--epochs", "1", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(Path(pmr.__file__).parent)}
     peaks = []
     for _ in range(MEMORY_RUNS):
         with tempfile.TemporaryDirectory() as out:
-            command = [*python, *flags, "--data-root", options.data_root, "--out", out]
+            command = [sys.executable, "-c", SHORT_RUN, *flags, "--out", out]
+            command += ["--data-root", options.data_root]
             output = subprocess.check_output(command, env=environment, text=True)
         kibibytes = int(output.split()[-1])
         assert kibibytes > before, "this process has had more memory than the run it measures"

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -25,14 +26,13 @@ TARGETS = {"table1": 15, "overtrained": 5}
 
 def train(dataset, regime, seeds):
     """CPU seconds to train the runs of `seeds` together."""
-    cpu, lines = torch.device("cpu"), toy.SETS[dataset]["A"]
-    x, y = toy.draw_splits(dataset, regime["noise"], seeds, cpu)["train"]
-    t = toy.project(x, lines).float()
-    network = toy.build_network(
-        "intermediate", lines, dataset, regime["hidden"], 1, seeds, cpu, torch.float32
-    )
+    cell = {"dataset": dataset, "set": "A", "fusion": "intermediate", "method": "joint", "heads": 1}
+    config = SimpleNamespace(**regime | cell, seeds=seeds, device=torch.device("cpu"))
+    splits = toy.draw_splits(dataset, config.noise, seeds)
+    t, y = toy.observe(splits, config)["train"]
+    network = toy.build_network(config)
     start = time.process_time()
-    toy.train(network, "joint", t, y, regime, seeds)
+    toy.train(network, t, y, config)
     return time.process_time() - start
 
 

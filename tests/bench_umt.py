@@ -16,57 +16,55 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import umt_ume
 from common.datasets import TensorSplit
-from common.rebalance import build_rival
-from common.training import build_optimizer, pick_device, write_json
+from common.device import forward, pick_device
+from common.networks.multimodal import build_model
+from common.optimizer import build_optimizer
+from common.storage import write_json
 
-SAMPLES = 640
+SHAPES = {"gray": (1, 28, 28), "color": (3, 28, 28)}
+SAMPLES, WEIGHT = 640, 10.0
+SETTINGS = {"dataset": "cg-mnist", "fusion": "concat", "pretrained": False, "precision": "fp32"}
+SETTINGS |= {"optimizer": "sgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 
 
-class Bench:
-    """A network, data, teachers, and the three kinds of epoch on them."""
+def build_epochs(device):
+    """Kind of epoch -> a function that trains one and gives its seconds."""
+    config = SimpleNamespace(**SETTINGS, modalities=tuple(SHAPES), seed=0, device=device)
+    splits = SimpleNamespace(shapes=SHAPES, num_classes=10)
+    model = build_model(config, splits)
+    optimizer = build_optimizer(model.parameters(), config)
+    data = {m: torch.rand(SAMPLES, *shape, device=device) for m, shape in SHAPES.items()}
+    labels = torch.randint(10, (SAMPLES,), device=device)
+    plain = TensorSplit(data, labels, dict)
+    augmented = TensorSplit(data, labels, dict, augment=lambda inputs, generator: inputs)
+    config.seed = 1
+    teachers = umt_ume.Teachers(build_model(config, splits).encoders)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
 
-    def __init__(self, device):
-        self.config = SimpleNamespace(
-            dataset="cg-mnist",
-            method="umt",
-            fusion="concat",
-            seed=0,
-            device=device,
-            pretrained=False,
-        )
-        self.config.precision, self.config.distill_weight = "fp32", 10.0
-        shapes = {"gray": (1, 28, 28), "color": (3, 28, 28)}
-        splits = SimpleNamespace(modalities=tuple(shapes), shapes=shapes, num_classes=10)
-        self.model = umt_ume.build_model(self.config, splits)
-        data = {m: torch.rand(SAMPLES, *shape, device=device) for m, shape in shapes.items()}
-        labels = torch.randint(10, (SAMPLES,), device=device)
-        self.data = TensorSplit(data, labels, dict)
-        augmented = TensorSplit(data, labels, dict, augment=lambda inputs, generator: inputs)
-        self.rival = build_rival(self.model, self.data, 10, self.config)
-        self.optimizer = build_optimizer("sgd", self.model.parameters(), 1e-3, 1e-4)
-        self.config.seed = 1
-        teachers = umt_ume.Teachers(umt_ume.build_model(self.config, splits).encoders)
-        self.targets = {
-            "joint": None,
-            "cached": umt_ume.find_targets(teachers, self.data, self.config),
-            "computed": umt_ume.find_targets(teachers, augmented, self.config),
-        }
-
-    def seconds(self, kind):
-        """Time of an epoch."""
-        on_cpu = self.config.device.type == "cpu"
-        clock = time.process_time if on_cpu else time.perf_counter
+    def seconds(targets):
         start = clock()
-        batches = self.data.batches(64, torch.Generator().manual_seed(0))
-        umt_ume.train_epoch(
-            self.model, self.rival, self.targets[kind], self.optimizer, batches, self.config
-        )  # waits for the device at its end
+        model.train()
+        for inputs, truth, index in plain.batches(64, torch.Generator().manual_seed(0)):
+            logits, features = forward(model, inputs, config)
+            loss = F.cross_entropy(logits, truth)
+            if targets:
+                loss = loss + WEIGHT * umt_ume.distillation(features, targets(inputs, index))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        loss.item()  # waits for the device
         return clock() - start
+
+    looked_up = umt_ume.find_targets(teachers, plain, config)
+    computed = umt_ume.find_targets(teachers, augmented, config)
+    targets = {"joint": None, "cached": looked_up, "computed": computed}
+    return {kind: lambda t=found: seconds(t) for kind, found in targets.items()}
 
 
 def main():
@@ -76,21 +74,15 @@ def main():
     parser.add_argument("--json", type=Path, help="write the table to this file too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    device = pick_device(args.device)
-    bench = Bench(device)
-    bench.seconds("joint")  # warm up
-    rows = []
+    device, rows = pick_device(args.device), []
+    epochs = build_epochs(device)
+    epochs["joint"]()  # warm up
     for kind, target in {"cached": 1.05, "computed": 1.5}.items():
-        pairs = [(bench.seconds(kind), bench.seconds("joint")) for _ in range(args.pairs)]
-        ratios = [umt / joint for umt, joint in pairs]
-        rows.append(
-            {
-                "measure": f"UMT epoch, teacher features {kind} / joint epoch",
-                "value": f"{statistics.median(ratios):.3f}",
-                "range": f"{min(ratios):.3f} to {max(ratios):.3f}",
-                "target": f"<= {target}",
-            }
-        )
+        ratios = [epochs[kind]() / epochs["joint"]() for _ in range(args.pairs)]
+        row = {"measure": f"UMT epoch, teacher features {kind} / joint epoch"}
+        row["value"] = f"{statistics.median(ratios):.3f}"
+        row["range"] = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        rows.append({**row, "target": f"<= {target}"})
         print("{measure}: {value} ({range}), target {target}".format(**rows[-1]), flush=True)
     if args.json:
         write_json(args.json, {"device": str(device), "pairs": args.pairs, "rows": rows})

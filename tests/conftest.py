@@ -2,6 +2,7 @@
 
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 torch.set_num_threads(1)
+
+from common.networks import encoders  # noqa: E402
 
 DATA_ROOT = Path(os.environ.get("DATA_ROOT", ROOT / "data"))
 EVERY_DATASET = [  # every dataset, to parametrize end-to-end tests by
@@ -60,3 +63,27 @@ def features_file(tmp_path_factory):
 def root_of(data_root, features_file):
     """dataset -> its `--data-root`."""
     return lambda dataset: str(features_file if dataset == "features" else data_root)
+
+
+class ThinResNet(encoders.Encoder):
+    """In place of ResNet-18: as many stages, each of one convolution; features are (B, 16)."""
+
+    def __init__(self, in_channels, pretrained=False):
+        widths = (in_channels, 4, 4, 8, 8, 16)
+        stages = [
+            encoders.PerFrame(
+                torch.nn.Conv2d(before, after, 3, stride=2, padding=1),
+                torch.nn.BatchNorm2d(after),
+                torch.nn.ReLU(),
+            )
+            for before, after in pairwise(widths)
+        ]
+        super().__init__(stages, encoders.MeanPool(), 16, widths[1:])
+
+
+@pytest.fixture
+def thin_resnet(monkeypatch):
+    """Scripts train on clips and views in no time, and leave small checkpoints."""
+    for name, encoder in list(encoders.ENCODERS.items()):
+        if encoder is encoders.ResNet18:
+            monkeypatch.setitem(encoders.ENCODERS, name, ThinResNet)

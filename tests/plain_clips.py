@@ -24,34 +24,18 @@ class Clips(Dataset):
     Image-01-FPS/<name>/*.jpg.
     """
 
-    def __init__(self, root, split="train", num_frames=3):
+    def __init__(self, root, num_frames=3):
         self.root = Path(root)
         self.num_frames = num_frames
-        with open(self.root / f"{split}.csv", newline="") as file:
+        with open(self.root / "train.csv", newline="") as file:
             rows = list(csv.reader(file))
         classes = sorted({label for _, label in rows})
         self.items = [(name, classes.index(label)) for name, label in rows]
         self.resample = Resample(16000, 22050)
         self.spectrogram = Spectrogram(n_fft=512, hop_length=353, power=1)
         normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        if split == "train":
-            self.transform = transforms.Compose(
-                [
-                    transforms.RandomResizedCrop(224),
-                    transforms.RandomHorizontalFlip(),
-                    transforms.ToTensor(),
-                    normalize,
-                ]
-            )
-        else:
-            self.transform = transforms.Compose(
-                [
-                    transforms.Resize(256),
-                    transforms.CenterCrop(224),
-                    transforms.ToTensor(),
-                    normalize,
-                ]
-            )
+        crop, flip = transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()
+        self.transform = transforms.Compose([crop, flip, transforms.ToTensor(), normalize])
 
     def __len__(self):
         return len(self.items)
@@ -73,13 +57,13 @@ class Clips(Dataset):
         return self.load_audio(name), self.load_frames(name), label
 
 
-def make_loader(root, batch_size=64, workers=2, split="train", num_frames=3):
-    """Shuffling ``DataLoader`` over a split."""
-    dataset = Clips(root, split, num_frames)
+def make_loader(root, batch_size=64, workers=2, num_frames=3):
+    """Shuffling ``DataLoader`` over the training clips."""
+    dataset = Clips(root, num_frames)
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=split == "train",
+        shuffle=True,
         num_workers=workers,
         persistent_workers=workers > 0,
     )

@@ -1,176 +1,172 @@
-"""What README.md and docs/ tell the reader to type works, and what they point to is there."""
+"""What README.md, docs/ and the docstrings tell the reader to type works, and what they point to is
+there. Experiments are parsed, and their grids made, but not run: their own tests do that."""
 
+import importlib
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 from fake_clips import FROM_FILES, write_prepared
+from test_pmr import no_probes, quick  # noqa: F401
 
-import compare
+import baselines
 import greedy_balance
 import mhm
 import pmr
-import toy_projection
 import umt_ume
+from common import evaluation
+from common.command_line import Command, dataset_of
+from common.datasets import DATASETS
+from common.networks.encoders import ENCODERS
+from experiments import compare, grid, pages
+from experiments import toy_projection as toy_experiments
 
+SCRIPTS = {script.SCRIPT.name: script for script in (pmr, greedy_balance, umt_ume, mhm, baselines)}
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
-TEXTS |= {
-    f"{script.__name__}.py": script.__doc__
-    for script in (pmr, mhm, greedy_balance, umt_ume, toy_projection, compare)
-}
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py"), *ROOT.glob("examples/*.py")]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
+TEXTS |= {path.relative_to(ROOT).as_posix(): path.read_text().split('"""')[1] for path in SOURCES}
 
 
-def commands(script):
-    """Every `python <script> ...` on the pages, without comments: page, words."""
+def find_commands():
+    """(program, words) -> page, of every `python ...`, without comments. Program: a file, or a
+    module of experiments/."""
     found = {}
     for page, text in TEXTS.items():
         text = text.replace("\\\n", " ")  # a command on several lines
-        text = re.sub(r"\$\(seq (\d+) (\d+)\)", r"\1 \2", text)  # two of the seeds are enough
-        for line in re.findall(
-            rf"(?:^|`|&& *| {{4}})python {re.escape(script)}([^`\n]*)", text, re.M
-        ):
-            words = shlex.split(line, comments=True)
+        text = re.sub(r"\$\(seq (\d+) (\d+)\)", r"\1 \2", text)
+        for line in re.findall(r"(?:^|`|&& *| {4})python ((?:-m |\w+/)*\w+\.[^`\n]*)", text, re.M):
+            program, *words = shlex.split(line.removeprefix("-m "), comments=True)
             if "<dataset>" not in words:
-                found[tuple(words)] = page
-    return [pytest.param(words, id=f"{page}:{' '.join(words)}") for words, page in found.items()]
+                found.setdefault((program, *words), page)
+    return found
 
 
-def test_the_two_commands_of_the_readme():
-    readme = TEXTS["README.md"]
-    assert "pip install -r requirements.txt && python pmr.py\n" in readme
-    assert "pip install -r requirements.txt && pytest\n" in readme
-    assert "pip install --quiet -r requirements.txt && pytest" in (ROOT / ".ci/run").read_text()
+COMMANDS = find_commands()
+NOT_RUN = ("data/prepare.py", "tests/", "experiments.pages")  # downloads, benches, what is below
 
 
-SCRIPTS = {
-    "pmr.py": pmr,
-    "mhm.py": mhm,
-    "greedy_balance.py": greedy_balance,
-    "umt_ume.py": umt_ume,
-}
+class NotRun(Exception):
+    """In place of the runs of an experiment."""
+
+
+def check_grid(experiment, made):
+    """In place of `Experiment.run`: every part is a command that its script takes."""
+    for part in made.parts:
+        settings = experiment.given | part
+        script = importlib.import_module(settings.pop("script", experiment.script.SCRIPT.name))
+        assert Command(script.SCRIPT, experiment.settings_of(script, settings)).methods
+    raise NotRun
+
+
+@pytest.fixture
+def no_experiments(monkeypatch):
+    def refuse(*_):
+        raise NotRun
+
+    monkeypatch.setattr(grid.Experiment, "run", check_grid)
+    monkeypatch.setattr(compare, "run_everything", refuse)
+    monkeypatch.setattr(toy_experiments, "run_tables", refuse)
+    monkeypatch.setattr(umt_ume, "linear_probe", evaluation.linear_probe)  # the quick one
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_experiments", "thin_resnet")
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        pytest.param(name, *case.values, id=f"{name}:{case.id}")
-        for name in SCRIPTS
-        for case in commands(name)
-    ],
+    "command", [c for c in COMMANDS if not c[0].startswith(NOT_RUN)], ids=" ".join
 )
-def test_commands_run(name, words, tmp_path, require, data_root, features_file, monkeypatch):
-    """On a tiny part of the data, on the CPU; --help and --eval-only need no more than parsing."""
-    script = SCRIPTS[name]
-    monkeypatch.setattr(umt_ume, "WEIGHTS", (1.0,))
+def test_commands_run(command, tmp_path, require, data_root, features_file, monkeypatch):
+    """On a tiny part of the data, on the CPU, one seed."""
+    program, *words = command
+    tiny = ["--epochs", "1", "--device", "cpu", "--seeds", "0", "--out", str(tmp_path)]
+    name = program.removesuffix(".py").split(".")[-1]
+    if name != "toy_projection":
+        words = [str(features_file) if word.endswith(".npz") else word for word in words]
+        dataset = dataset_of(words, SCRIPTS.get(name, pmr).SCRIPT.dataset)
+        require(dataset)
+        if dataset in FROM_FILES:
+            data_root = tmp_path / "data"
+            write_prepared(data_root, dataset, counts=(12,), shape=(32, 32))
+            tiny += ["--image-size", "32", "--num-workers", "0"]
+        tiny += ["--train-samples", "40"]
+        tiny += ["--data-root", str(features_file if dataset == "features" else data_root)]
+    if "--join" in words:
+        words = ["--join", *map(str, ROOT.glob("results/compare_*.json"))]
+    if program.startswith("examples/"):
+        return run_example(program, [*words, *tiny], monkeypatch)
+    main = importlib.import_module(program.removesuffix(".py")).main
     if "--help" in words:
-        with pytest.raises(SystemExit) as exit_info:
-            script.main(words)
-        assert exit_info.value.code == 0
-        return
-    words = [str(features_file) if word.endswith(".npz") else word for word in words]
-    args, _ = script.parse_args(words)
-    require(args.dataset)
-    tiny = ["--train-samples", "40", "--epochs", "1", "--device", "cpu"]
-    if args.dataset in FROM_FILES:
-        data_root = tmp_path / "data"
-        write_prepared(data_root, args.dataset, counts=(12,), shape=(32, 32))
-        tiny += ["--image-size", "32", "--num-workers", "0"]
-    if args.dataset == "features":
-        data_root = features_file
-    tiny += ["--out", str(tmp_path), "--data-root", str(data_root)]
-    tiny += ["--method", "ume", "joint", "umt", "auto"] if "methods" in words else []
-    tiny += ["--seeds", *map(str, args.seeds[:2])]
-    tiny += ["--rates", "2"] if script is greedy_balance else []
-    if args.eval_only:
-        script.main([word for word in [*words, *tiny] if word != "--eval-only"])
-    assert script.main([*words, *tiny])
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+    elif program.startswith("experiments.") and "--join" not in words:
+        with pytest.raises(NotRun):
+            main([*words, *tiny])
+    else:
+        if "--eval-only" in words:
+            main([word for word in [*words, *tiny] if word != "--eval-only"])
+        assert main([*words, *tiny])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", commands("toy_projection.py"))
-def test_toy_projection_commands_run(words, tmp_path):
-    tiny = ["--epochs", "2", "--seeds", "0", "1", "--device", "cpu", "--out", str(tmp_path)]
-    assert toy_projection.main([*words, *tiny])["runs"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", commands("compare.py"))
-def test_compare_commands_run(words, tmp_path, require, data_root, features_file):
-    args, _ = compare.parse_args(words)
-    if args.join:
-        files = [str(path) for path in (ROOT / "results").glob("compare_*.json")]
-        assert compare.main(["--join", *files, "--out", str(tmp_path)])["rows"]
-        return
-    require(args.dataset)
-    data_root = features_file if args.dataset == "features" else data_root
-    tiny = ["--train-samples", "40", "--epochs", "1", "--device", "cpu", "--seeds", "0"]
-    tiny += ["--out", str(tmp_path), "--data-root", str(data_root)]
-    assert compare.main([*words, *tiny])["rows"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        pytest.param(path.name, *case.values, id=f"{path.name}:{case.id}")
-        for path in sorted((ROOT / "examples").glob("*.py"))
-        for case in commands(f"examples/{path.name}")
-    ],
-)
-def test_examples_run_as_they_stand(name, words, tmp_path):
-    tiny = ["--train-samples", "40", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "examples" / name), *words, *tiny]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "test" in done.stdout, done.stderr
+def run_example(file, words, monkeypatch):
+    """As it stands, in this process; what it adds to the project is taken out again. That its
+    method trains is in test_compare.py."""
+    for names in (baselines.RULES, baselines.METHODS):
+        monkeypatch.setitem(names, "half-speed", None)
+    for names in (DATASETS, ENCODERS):
+        monkeypatch.setitem(names, "halves", None)
+    monkeypatch.setattr(sys, "argv", [file, *words])
+    if "own_method" in file:
+        with pytest.raises(NotRun):
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+    else:
+        runpy.run_path(str(ROOT / file), run_name="__main__")
 
 
 def test_commands_were_found():
-    assert len(commands("pmr.py")) >= 8
-    assert len(commands("mhm.py")) >= 8
-    assert len(commands("greedy_balance.py")) >= 10
-    assert len(commands("umt_ume.py")) >= 8
-    assert len(commands("compare.py")) >= 3
-    assert len(commands("toy_projection.py")) >= 5
-    assert len(commands("data/prepare.py")) >= 1
+    programs = [program for program, *_ in COMMANDS]
+    wanted = {"pmr": 8, "baselines": 5, "greedy_balance": 4, "umt_ume": 7, "mhm": 5}
+    wanted |= {"toy_projection": 4, "data/prepare": 4, "examples/own_method": 1}
+    for name, count in wanted.items():
+        assert programs.count(f"{name}.py") >= count, name
+    wanted = {"compare": 4, "pmr": 3, "greedy_balance": 4, "umt_ume": 5, "mhm": 2}
+    for name, count in wanted.items():
+        assert programs.count(f"experiments.{name}") >= count, name
+    assert "pip install -r requirements.txt && python pmr.py\n" in TEXTS["README.md"]
+    assert "pip install -r requirements.txt && pytest\n" in TEXTS["README.md"]
+    assert "pip install --quiet -r requirements.txt && pytest" in (ROOT / ".ci/run").read_text()
 
 
 @pytest.mark.parametrize("page", list(TEXTS))
-def test_links_and_files_exist(page):
+def test_links_and_files_exist_and_tables_are_those_of_results(page):
+    """If a table differs: python -m experiments.pages README.md data/README.md docs/*.md"""
     text = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)
-    folder = (ROOT / page).parent
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (folder / target).exists(), target
-    for name in re.findall(r"`((?:common|data|docs|tests|results)/[\w./]+\.\w+)`", text):
+        assert ((ROOT / page).parent / target).exists(), target
+    folders = "common|data|docs|tests|results|experiments|examples"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text):
         assert (ROOT / name).exists(), name
+    for script in re.findall(r"\bdocs/(\w+\.md)\b", text):
+        assert (ROOT / "docs" / script).exists(), script
+    if page.endswith(".md"):
+        assert pages.renew_tables(TEXTS[page]) == TEXTS[page]
+        assert text.count("<!-- table ") == len(pages.MARKERS.findall(text))
+        bare = pages.MARKERS.sub("", text)
+        assert not re.search(r"^\|.*\d ± \d", bare, re.MULTILINE)  # no table without markers
 
 
-@pytest.mark.parametrize("script", ["pmr", "mhm", "greedy_balance", "umt_ume", "toy_projection"])
-def test_every_function_that_the_docs_name_exists(script):
-    page = TEXTS[f"docs/{script}.md"]
-    table = page.split(f"| paper | function in `{script}.py` |")[1].split("\n\n")[0]
-    sources = [ROOT / f"{script}.py", *(ROOT / "common").glob("*.py")]
+@pytest.mark.parametrize("name", [*SCRIPTS, "toy_projection"])
+def test_what_the_docs_name_exists_and_every_own_flag_is_there(name):
+    page, own = TEXTS[f"docs/{name}.md"], ["--fusion"]
+    table = re.search(rf"\| \w+ \| function in `{name}\.py` \|(.*?)\n\n", page, re.DOTALL)[1]
+    sources = [ROOT / f"{name}.py", *ROOT.glob("common/**/*.py"), *ROOT.glob("experiments/*.py")]
     source = "".join(path.read_text() for path in sources)
-    names = re.findall(r"`(\w+(?:\.\w+)?)`", table)
-    assert len(names) >= 5
-    for name in names:
-        defined = rf"(?:(?:def|class) |^){name.split('.')[-1]}\b"
-        assert re.search(defined, source, re.MULTILINE), name
-
-
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    {
-        "pmr": "alpha mu momentum-epsilon per-epochs subset-fraction coefficients fusion",
-        "mhm": "heads branches gs fusion",
-        "umt_ume": "distill-weight fusion ogm-alpha drop-probability blend super-epoch",
-        "greedy_balance": "tolerance window gate-mean gate-factor biased duplicate l1 until-fitted",
-    }.items(),
-)
-def test_every_own_flag_stands_in_its_docs(script, flags):
-    for flag in flags.split():
-        assert f"`--{flag}`" in TEXTS[f"docs/{script}.md"]
+    functions = re.findall(r"`(?:\w+\.)?(\w+)`", table)
+    assert len(functions) >= 5
+    for function in functions:
+        assert re.search(rf"(?:(?:def|class) |^){function}\b", source, re.MULTILINE), function
+    if name in SCRIPTS:
+        SCRIPTS[name].SCRIPT.add_flags(lambda flag, **_: own.append(flag))
+        assert not [flag for flag in own if f"`{flag}`" not in page]

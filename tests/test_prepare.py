@@ -21,6 +21,7 @@ REAL_SHA256 = prepare.FSDD_SHA256
 TOP = "free-spoken-digit-dataset-1.0.10"
 RECORDINGS = {f"{digit}_{speaker}_7.wav": os.urandom(500) for digit in "03" for speaker in "ab"}
 GOOD = {f"{TOP}/recordings/{name}": content for name, content in RECORDINGS.items()}
+LINK = f"{TOP}/recordings/0_a_7.wav"
 GOOD |= {f"{TOP}/README.md": b"no recording", f"{TOP}/recordings/notes.txt": b"no recording"}
 
 
@@ -31,17 +32,14 @@ def make_tar(entries, link=None):
         for name, content in entries.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
+            if name == link:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
             archive.addfile(info, io.BytesIO(content))
-        if link:
-            info = tarfile.TarInfo(link)
-            info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
-            archive.addfile(info)
     return file.getvalue()
 
 
 def make_zip(entries):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
     return file.getvalue()
@@ -55,9 +53,9 @@ BODIES = {
     "/html": b"<html>please log in</html>",
     "/half-tar": make_tar(GOOD)[:-100],
     "/half-zip": make_zip(GOOD)[:-100],
-    "/other": make_tar(GOOD | {f"{TOP}/recordings/0_a_7.wav": b"other"}),
+    "/other": make_tar(GOOD | {LINK: b"other"}),
     "/nothing": make_tar({f"{TOP}/README.md": b"text"}),
-    "/link": make_tar({}, link=f"{TOP}/recordings/0_a_7.wav"),
+    "/link": make_tar({LINK: b""}, LINK),
 }
 
 
@@ -91,10 +89,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def website():
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.url, server.stop = f"http://127.0.0.1:{server.server_port}", threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.requests, server.stop = [], threading.Event()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -102,14 +102,6 @@ def website():
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture
-def server(website, monkeypatch):
-    """The server; `requests` are those of the test."""
-    monkeypatch.setenv("no_proxy", "*")
-    website.requests = []
-    return website
 
 
 @pytest.fixture
@@ -172,16 +164,14 @@ def test_download_or_source_into_an_absent_or_an_empty_folder(server, out, tmp_p
 
 @pytest.mark.parametrize("make", [make_tar, make_zip])
 def test_entries_that_point_outside_are_not_written(out, tmp_path, capsys, make):
-    evil = ("../evil.wav", "../../recordings/../evil.wav", f"{tmp_path}/absolute.wav")
-    evil += tuple(
-        f"{TOP}/{path}0_evil_0.wav"
-        for path in ("recordings/../", "recordings/..\\", "recordings/sub/", "not-recordings/")
-    )
-    evil += (f"{TOP}/recordings/0_evil_0.wav\n",)
+    top, evil = f"{TOP}/recordings", "0_evil_0.wav"
+    bad = ["../evil.wav", "../../recordings/../evil.wav", f"{tmp_path}/absolute.wav"]
+    bad += [f"{top}/../{evil}", f"{top}/..\\{evil}", f"{top}/sub/{evil}", f"{top}/{evil}\n"]
+    bad += [f"{TOP}/not-recordings/{evil}"]
     # this one has a good name: it must end up inside, whatever its folders say
     first = next(iter(RECORDINGS))
     entries = {name: content for name, content in GOOD.items() if first not in name}
-    entries |= {**dict.fromkeys(evil, b""), f"../../../recordings/{first}": RECORDINGS[first]}
+    entries |= dict.fromkeys(bad, b"") | {f"../../../recordings/{first}": RECORDINGS[first]}
     (tmp_path / "mine").write_bytes(make(entries))
     assert run(out, "--source", tmp_path / "mine") == 0
     check_success(out, capsys)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 import umt_ume
 from common.datasets import load_dataset, synthetic
-from common.errors import UserError
 from common.metrics import linear_probe
 
 MODALITIES = ("first", "second")
@@ -96,8 +95,8 @@ def test_n_is_the_default_and_every_dial_wins_over_it():
 
 
 def test_noise_is_noise():
-    for noise in (0.4, 2.0):
-        first, second = (load(**BARE, noise=noise).test.tensors[m] for m in MODALITIES)
+    for noise, dials in ((0.4, {}), (2.0, {"noise": 2.0})):
+        first, second = (load(**BARE, **dials).test.tensors[m] for m in MODALITIES)
         for x in (first, second):
             assert x.std().item() == pytest.approx(noise, rel=0.01) and abs(x.mean()) < 0.01
         assert abs((first * second).mean().item()) < 0.01 * noise**2
@@ -116,8 +115,8 @@ def test_labels_are_uniform_splits_differ_and_the_data_seed_draws_anew():
     for split in (splits.train, splits.val, splits.test):
         share = torch.bincount(split.labels, minlength=10) / len(split)
         assert share.min() > 0.06 and share.max() < 0.14
-    first = [getattr(splits, name).tensors["first"][0] for name in ("train", "val", "test")]
-    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    first = [tuple(s.labels[:50].tolist()) for s in (splits.train, splits.val, splits.test)]
+    assert len(set(first)) == 3
     assert torch.equal(splits.val.labels, splits.val_iid.labels)
     assert torch.equal(splits.test.tensors["second"], again.test.tensors["second"])
     assert not torch.equal(splits.test.labels, other.test.labels)
@@ -141,18 +140,6 @@ def test_augmentation_is_fresh_noise_in_training_batches_only():
         assert torch.equal(batch()[m], stored) and torch.equal(batch(0)[m], stored)
     noise = [first[m] - split.tensors[m] for m in MODALITIES]
     assert abs((noise[0] * noise[1]).mean().item()) < 0.01
-
-
-@pytest.mark.parametrize(
-    ("dials", "sentence"),
-    [
-        ({"configuration": "Z"}, r"No configuration 'Z'; choose from O, N, T, Q\."),
-        ({"pair_type": "xor"}, r"No pair type 'xor'; choose from suppressor, sum-mod\."),
-    ],
-)
-def test_unknown_names_are_one_sentence(dials, sentence):
-    with pytest.raises(UserError, match=sentence):
-        load(**dials)
 
 
 # ---- What can be learned from pairs ----
@@ -187,6 +174,7 @@ def test_suppressor_pairs_need_both_modalities_and_a_linear_head():
     assert alone[0] > 97 > 60 > alone[1] > alone[2] and alone[2] < 20
 
 
+@pytest.mark.slow
 def test_sum_mod_pairs_need_a_head_that_is_not_linear():
     for modalities in (MODALITIES[:1], MODALITIES[1:], MODALITIES):
         assert probe(*modalities, pair_type="sum-mod") < 13
