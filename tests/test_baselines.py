@@ -359,6 +359,10 @@ def test_every_method_and_dataset(run, tmp_path, require, root_of, dataset):
     argv = ["--dataset", dataset, "--data-root", root_of(dataset), "--epochs", "2"]
     runs = run(*argv, "--method", *methods)["runs"]
     assert [summary["method"] for summary in runs] == methods
+    states = [tensors(folder_of(tmp_path, summary)) for summary in runs]
+    trained = [sum("momentum_buffer" in name for name in state) for state in states]
+    extra = {"aux-ce": 4, "g-blending": 4}  # weights and biases of two heads
+    assert trained[: len(FUSED)] == [trained[0] + extra.get(m, 0) for m in FUSED]
     networks = [network_of(tmp_path, summary) for summary in runs]
     for summary, found in zip(runs[: len(FUSED)], networks, strict=False):
         assert all(summary["test"][m].keys() == {"head", "probe"} for m in MODALITIES[dataset])

@@ -104,12 +104,13 @@ def test_recipes_fill_in_what_nobody_named(no_data, script, dataset):
 
 def test_a_dial_reaches_the_loader_and_a_default_may_depend_on_other_flags(no_data):
     words = "--dataset synthetic --pair-only 0.5 --data-seed 4 --data-root here --train-samples 9"
-    words = f"{words} --num-workers 0 --device cpu --epochs 12".split()
+    words = f"{words} --num-workers 3 --device cpu --epochs 12".split()
     command = Command(pmr.SCRIPT, words)
     ((*shared, dials),) = no_data.calls
-    assert shared == ["synthetic", "here", 4, 9, CPU, 0]
+    assert shared == ["synthetic", "here", 4, 9, CPU, 3]
     assert dials.keys() == DATASETS["synthetic"].dials.keys() and dials["pair_only"] == 0.5
     assert command.args.per_epochs == 3  # the first fifth, rounded up
+    assert Command(pmr.SCRIPT, []).args.per_epochs == 4  # of the recipe's 20
     assert Command(pmr.SCRIPT, [*words, "--per-epochs", "7"]).args.per_epochs == 7
 
 

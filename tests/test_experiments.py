@@ -85,11 +85,12 @@ def test_a_script_gets_the_settings_that_it_has(tmp_path):
     experiment = Experiment(pmr, {"table1": None}, [*words, "--out", str(tmp_path)])
     settings = experiment.given | {"method": ["umt"]}
     assert experiment.settings_of(pmr, settings) == settings
-    found = experiment.settings_of(umt_ume, settings)
+    found = experiment.settings_of(umt_ume, settings | {"batch_size": 7})
     assert "alpha" not in found and found.keys() <= vars(parse_flags(umt_ume.SCRIPT, [])).keys()
     recipe = pmr.RECIPES["synthetic"]
     assert {k: found[k] for k in ("epochs", "lr", "schedule")}.items() <= recipe.items()
-    assert (found["method"], found["train_samples"]) == (["umt"], 40)
+    given = {name: found[name] for name in ("method", "train_samples", "batch_size")}
+    assert given == {"method": ["umt"], "train_samples": 40, "batch_size": 7}
     name = "table1-train-samples=40-alpha=3.0"
     assert experiment.folder == tmp_path / "pmr" / "synthetic" / name
     experiment.refuse("lr")
@@ -128,7 +129,7 @@ def test_renew_tables_fills_the_markers(tmp_path, monkeypatch):
     renewed = pages.renew_tables(text + "<!-- end -->\n")
     assert "old" not in renewed and "| joint | concat | 52.0 ± 2.8 | - |" in renewed
     assert "- pmr - joint (concat): +5.0" in renewed
-    assert pages.renew_tables(renewed) == renewed
+    assert pages.renew_tables(renewed) == renewed and renewed.count("\n<!-- end -->\n") == 2
 
 
 # Every table of runs; those of benches and of decisions have none, and compare.json joins others.

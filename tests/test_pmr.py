@@ -137,10 +137,10 @@ CHOICE = ["--epochs", "4", "--batch-size", "20", "--method", "pmr"]
 
 
 @pytest.fixture(scope="module")
-def default_network(tmp_path_factory):
-    """The weights that the default knobs of PMR give."""
+def default_run(tmp_path_factory):
+    """The folder of a run with the default knobs of PMR."""
     out = tmp_path_factory.mktemp("default")
-    return tensors(folder_of(out, pmr.main([*TINY, "--out", str(out), *CHOICE])))
+    return folder_of(out, pmr.main([*TINY, "--out", str(out), *CHOICE]))
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,12 @@ def default_network(tmp_path_factory):
         ("--seeds 5", True),
     ],
 )
-def test_every_other_choice_acts(run, tmp_path, default_network, choice, changes):
+def test_every_other_choice_acts_and_names_the_folder(run, tmp_path, default_run, choice, changes):
     if choice == "--device auto" and torch.cuda.is_available():
         pytest.skip("auto is CUDA here, which is equal up to rounding only")
-    found = tensors(folder_of(tmp_path, run(*CHOICE, *choice.split())))
-    assert equal(found, default_network) != changes
+    folder = folder_of(tmp_path, run(*CHOICE, *choice.split()))
+    assert equal(tensors(folder), tensors(default_run)) != changes
+    assert (folder.name != default_run.name) == changes
 
 
 # ---- What the algorithm promises over a whole run ----
@@ -353,9 +354,8 @@ def test_table1_writes_rows_table_and_figure(flags, tmp_path):
     summary = json.loads(next(tmp_path.glob("pmr/digits/pmr-film*/summary.json")).read_text())
     (run,) = (run for run in record["runs"] if (run["method"], run["fusion"]) == ("pmr", "film"))
     assert run["color prototypes"] == summary["test"]["color"]["prototype"]
-    assert {(row["method"], row["fusion"]) for row in record["paired"]} == {
-        (m, f) for m in ("pmr", "pmr-no-per") for f in fusions
-    }
+    paired = [(row["method"], row["reference"], row["fusion"]) for row in record["paired"]]
+    assert paired == [(m, "joint", f) for m in ("pmr", "pmr-no-per") for f in fusions]
 
 
 def test_restricted_tables_of_other_knobs_stand_in_other_folders(flags, tmp_path):

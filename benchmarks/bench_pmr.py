@@ -1,14 +1,14 @@
 """Benchmark of pmr.py on cg-mnist (concat, batch 64, fp32): what PMR costs, and our data path.
 
-    python tests/bench_pmr.py --data-root DIR            # about six minutes
-    python tests/bench_pmr.py --data-root DIR --only a --device cuda
+    python benchmarks/bench_pmr.py --data-root DIR            # about six minutes
+    python benchmarks/bench_pmr.py --data-root DIR --only a --device cuda
 
 (a) PMR step / joint step. A step is forward, loss, backward and optimizer step on batches that are
     already drawn, so that nothing dilutes the difference. PCE and PER are both active: in every
     step beta or gamma is checked to be above 0. The joint step is the cross-entropy and nothing
     else; pmr.py's `joint` also watches rho, which would flatter the ratio.
-(b) The usual way / ours: joint training with loading. tests/plain_cg_mnist.py, a DataLoader over
-    PIL images, against the steps of pmr.py's `train`, which watches rho as in real runs. Both draw
+(b) The usual way / ours: joint training with loading. plain_cg_mnist.py, a DataLoader over PIL
+    images, against the steps of pmr.py's `train`, which watches rho as in real runs. Both draw
     from 50,000 shuffled images; layers and optimizer are the same. With two workers in wall time,
     as CPU time is spread over processes; a turn starts when they idle with their queue full.
 (c) Prototypes from a tenth of the training data, computed once / an epoch of PMR training, which is
@@ -40,6 +40,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
+import plain_cg_mnist as plain
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -51,7 +52,6 @@ from common.evaluation import Totals, count_correct
 from common.networks.multimodal import build_model
 from common.optimizer import build_optimizer
 from common.seeding import make_generator
-from tests import plain_cg_mnist as plain
 
 CHUNK = 10  # batches of a turn in (b) and (c)
 MEMORY_RUNS = 3
@@ -238,6 +238,7 @@ def measure_prototypes(options):
 SHORT_RUN = """
 import resource, sys
 from itertools import islice
+import plain_cg_mnist as plain
 import pmr
 batches = pmr.Run.batches
 pmr.Run.batches = lambda *arguments: islice(batches(*arguments), 50)

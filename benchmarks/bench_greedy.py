@@ -1,6 +1,6 @@
 """What measuring and guiding cost: a step of guided training against a plain joint step.
 
-    python tests/bench_greedy.py [--pairs 20] [--device cpu] [--json FILE]
+    python benchmarks/bench_greedy.py [--pairs 20] [--device cpu] [--json FILE]
 
 On the cg-mnist network at batch 128 in float32, on one thread. Guided steps are those of `train`: a
 regular one adds to the speeds and to the gate means and asks whether to re-balance. A joint step is

@@ -1,6 +1,6 @@
 """How much faster all runs of a configuration train together than one by one.
 
-    python tests/bench_toy.py [--runs 50] [--pairs 3]
+    python benchmarks/bench_toy.py [--runs 50] [--pairs 3]
 
 For each regime and dataset, `train` of toy_projection.py is timed on R runs at once and on the same
 runs in turn (set A, intermediate fusion, joint training), in CPU time on one thread. Printed is the

@@ -1,6 +1,6 @@
 """What distillation costs: an epoch of UMT against an epoch of joint training.
 
-    python tests/bench_umt.py [--pairs 20] [--device cpu] [--json FILE]
+    python benchmarks/bench_umt.py [--pairs 20] [--device cpu] [--json FILE]
 
 On cg-mnist's shapes at batch 64 in float32, on one thread, with the network of umt_ume.py. Teacher
 features are looked up, or, as where data are augmented, computed in every step. Printed are medians

@@ -1,10 +1,10 @@
 """Benchmark of loading clips for training: samples per second against the usual per-item way.
 
-    python tests/bench_clips.py            # about five minutes
+    python benchmarks/bench_clips.py            # about five minutes
 
 Clips of CREMA-D's dimensions with made-up, photograph-like frames: 480 x 360 pixels, three frames
 each, 2.5 seconds of sound at 16 kHz; OGM-GE's spectrogram, three frames cropped to 224, batch 64.
-The usual way, tests/plain_clips.py, decodes the stored frames and resamples and transforms the
+The usual way, plain_clips.py beside it, decodes the stored frames and resamples and transforms the
 sound at each access. Ours reads what data/prepare.py leaves: JPEGs with a short side of 256 pixels.
 Both have the same number of workers; ours ends with floats of the whole batch on the CPU.
 
@@ -33,7 +33,8 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: F401  first, as in the scripts: it sets how torch takes memory, for both sides
 
 # isort: split
@@ -49,6 +50,7 @@ from common.seeding import make_generator
 from common.storage import write_json
 
 BATCH = 64
+ROOMS = sys.path[:3]  # of the project, for another process
 FEW, MANY = 256, 1024  # clips of (d)
 
 
@@ -135,13 +137,13 @@ def waiting_share(root, workers, device, epochs=5):
 
 PRIVATE_MEMORY = """
 import sys
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:4]
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import bench_clips
-epoch = bench_clips.our_epochs(Path(sys.argv[3]), 0, 1, size=32)
-for _ in range(int(sys.argv[4])):
+epoch = bench_clips.our_epochs(Path(sys.argv[4]), 0, 1, size=32)
+for _ in range(int(sys.argv[5])):
     epoch()
 status = Path("/proc/self/status").read_text()
 print(status.split("RssAnon:")[1].split()[0])
@@ -150,11 +152,10 @@ print(status.split("RssAnon:")[1].split()[0])
 
 def private_memory(clips):
     """MB of a process that has read so many small clips again and again from a full frame cache."""
-    tests = Path(__file__).parent
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         fake_clips.write_prepared(root / "ours", "crema-d", (clips, 1, 1), shape=(120, 160))
-        arguments = [str(tests.parent), str(tests), str(root), str(2 * MANY // clips)]
+        arguments = [*ROOMS, str(root), str(2 * MANY // clips)]
         command = [sys.executable, "-c", PRIVATE_MEMORY, *arguments]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed is given back
         for _ in range(2):  # the first one fills the cache
