@@ -238,7 +238,6 @@ def measure_prototypes(options):
 SHORT_RUN = """
 import resource, sys
 from itertools import islice
-import plain_cg_mnist as plain
 import pmr
 batches = pmr.Run.batches
 pmr.Run.batches = lambda *arguments: islice(batches(*arguments), 50)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EVERY_DATASET
 from fake_clips import FROM_FILES
 from test_greedy_equations import percent_right, slow_cut_branch
 from test_pmr import MODALITIES, equal, history_of, tensors
@@ -38,7 +37,7 @@ PAIR = ("first", "second")
 TINY = {"dataset": "synthetic", "train_samples": 40, "epochs": 2, "batch_size": 20, "device": "cpu"}
 DIGITS = {"dataset": "digits", "train_samples": 100, "batch_size": 40, "epochs": 4}
 FUSED = ["joint", "rubi", "random", "guided"]
-PROBE = greedy.probe_encoders
+PROBE, SLOW = greedy.probe_encoders, pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +98,9 @@ def write_features(path, modalities, samples=100):
 # ---- Every method, dataset, optimizer, and every other choice ----
 
 
-@pytest.mark.parametrize("dataset", EVERY_DATASET)
+@pytest.mark.parametrize(
+    "dataset", [m if m == "synthetic" else pytest.param(m, marks=SLOW) for m in MODALITIES]
+)
 def test_every_method_dataset_optimizer_and_precision(run, tmp_path, require, root_of, dataset):
     """Each pair of them comes up."""
     require(dataset)
@@ -497,7 +498,7 @@ def test_curves_shade_the_windows_and_plot_d_speed():
 def test_bad_input_is_one_sentence(tmp_path, capsys, words, sentence):
     script = greedy if words.startswith("--") else experiments
     with pytest.raises((SystemExit, UserError)) as error:
-        script.main([*words.split(), "--out", str(tmp_path)])
+        script.main([*words.split(), "--epochs", "1", "--out", str(tmp_path)])
     refused = error.type is SystemExit  # by the parser, which prints the flags, too
     text = capsys.readouterr().err if refused else str(error.value)
     assert sentence in text and (not refused or error.value.code == 2)

@@ -44,6 +44,7 @@ def test_guided_killed_in_every_epoch_goes_on_in_its_window(tmp_path):
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", KNOBS)
 def test_killed_again_and_again_is_the_same(tmp_path, method):
     settings, whole, out = TINY | KNOBS[method], tmp_path / "whole", tmp_path / "killed"

@@ -26,6 +26,7 @@ import baselines
 import mhm
 import pmr
 from common import command_line, evaluation, run, seeding, storage
+from common.datasets import TensorSplit
 from common.errors import UserError
 
 TINY = {"train_samples": 60, "batch_size": 20, "epochs": 3, "lr": 0.1, "device": "cpu"}
@@ -148,6 +149,7 @@ def test_name_holds_every_knob_that_is_not_default_and_ends_in_a_digest_where_it
 
     assert name() == "pmr-film-seed3"
     assert name(lr=0.5, train_samples=60) == "pmr-film-lr=0.5-train-samples=60-seed3"
+    assert name(data="mine") == "pmr-film-data=mine-seed3"  # a knob that has no default
     assert name(fusion=None, method="m" * 150) == "m" * 150 + "-seed3"
     long, other = (name(fusion=None, method="m" * 150 + end) for end in "ab")
     assert len(long) == 150 + len("-seed3") and long[:142] == other[:142] == "m" * 141 + "-"
@@ -349,8 +351,8 @@ def make_run(out, epochs, **flags):
     return run.Run(SimpleNamespace(**config | flags))
 
 
-def end_epoch(there, accuracy):
-    there.end_epoch({"train": {"loss": 1.0}, "val": {"loss": 1.0, "accuracy": accuracy}})
+def end_epoch(there, accuracy, loss=1.0, val_loss=1.0):
+    there.end_epoch({"train": {"loss": loss}, "val": {"loss": val_loss, "accuracy": accuracy}})
 
 
 @pytest.mark.parametrize(
@@ -385,6 +387,9 @@ def test_a_resumed_run_has_the_epochs_that_are_left_and_the_seconds_add_up(tmp_p
     assert not there.folder.exists()  # nothing is written before the first epoch
     epochs = there.epochs({"model": nn.Linear(1, 1)})
     assert next(epochs) == 0 and there.folder.exists()
+    for losses in ((math.nan, 1.0), (1.0, math.inf)):
+        with pytest.raises(UserError, match=r"became (nan|inf) in epoch 0; nothing was saved yet"):
+            end_epoch(there, 1, *losses)
     clock.now = 7.0
     end_epoch(there, 1)
     clock.now = 1000.0  # the process was killed; hours pass
@@ -495,6 +500,17 @@ def test_equal_keys_draw_equally_and_different_keys_differently():
     assert len(seeds) == 200 and all(0 <= seed < 2**63 for seed in seeds)
 
 
+def test_batches_are_drawn_by_seed_phase_epoch_and_part(tmp_path):
+    split = TensorSplit({"m": torch.arange(99)}, torch.arange(99), lambda rows: rows)
+    keys = [(0, "train", 0), (1, "train", 0), (0, "blend", 0), (0, "train", 1), (0, "train", 0, 1)]
+
+    def order(seed, *key):
+        there = make_run(tmp_path, epochs=2, seed=seed, schedule="none", lr=1.0)
+        return tuple(index.item() for _, _, index in there.shuffled(split, *key))
+
+    assert len({order(*key) for key in keys + keys}) == len(keys)
+
+
 # ---- Exact resume ----
 
 METHODS = {  # their states differ: prototypes, weights of losses, several optimizers
@@ -573,6 +589,7 @@ def test_run_killed_again_and_again_is_the_same(tmp_path, method):
     args, draw, kills = (tmp_path / "killed", script, method), random.Random(method), 0
     while interrupt(draw.randrange(8, 24), *args, **settings, resume=True):
         kills += 1
+        assert kills < 20, "it does not get on"
     assert kills >= 1
     assert_same_run(folder_of(tmp_path / "killed"), folder_of(tmp_path / "whole"))
 
