@@ -10,7 +10,7 @@ from conftest import ROOT
 BUDGETS = {"pmr": 380, "greedy_balance": 520, "umt_ume": 430, "mhm": 480}
 BUDGETS |= {"toy_projection": 400, "baselines": 400}
 FLOORS = [  # nothing imports upward
-    {"experiments", "examples", "data"},
+    {"experiments", "examples", "data", "benchmarks"},
     {*BUDGETS},
     {"common.command_line", "common.run"},
     {"common.evaluation", "common.tasks"},
@@ -18,7 +18,14 @@ FLOORS = [  # nothing imports upward
     {f"common.{x}" for x in ("device", "storage", "seeding", "errors", "flags", "optimizer")}
     | {"common", "common.tables", "common.curves", "common.progress"},
 ]
-PLACES = ("*.py", "common/**/*.py", "experiments/*.py", "examples/*.py", "data/*.py")
+PLACES = (
+    "*.py",
+    "common/**/*.py",
+    "experiments/*.py",
+    "examples/*.py",
+    "data/*.py",
+    "benchmarks/*.py",
+)
 TEXTS = {path: path.read_text() for place in PLACES for path in ROOT.glob(place)}
 SCRIPTS = {name: TEXTS[ROOT / f"{name}.py"] for name in BUDGETS}
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in TEXTS}
