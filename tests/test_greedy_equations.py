@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import greedy_balance as greedy
@@ -546,33 +545,3 @@ def test_the_mask_trains_itself_and_not_the_biased_encoder():
     sum(F.cross_entropy(x * mask, labels) for x in logits.values()).backward()
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
-
-
-# ---- The block by itself ----
-
-
-def test_method_block_runs_when_cut_out():
-    """It needs torch and nothing else of the script, so it can be lifted into other code."""
-    text = (ROOT / "greedy_balance.py").read_text()
-    block = re.search(r"# ---- Method ----\n(.*?)# ---- Model ----", text, re.DOTALL)[1]
-    names = {}
-    exec(block, names)
-    assert not {"common", "config", "args"} & set(re.findall(r"\w+", block))
-    model, ((inputs, labels, _),) = small_net(), draw_batches([8])
-    (logits, _, _, activations), mean = model(inputs), draw_means(model)[0]
-    maps = {m: torch.rand(2, len(x), 2, 2).double() for m, x in mean.items()}
-    sum(F.cross_entropy(x, labels) for x in logits.values()).backward()
-    found = []
-    for get in (names.__getitem__, vars(greedy).__getitem__):
-        means = get("GateMeans")(model.channels)
-        means.update(model.blocks, activations)
-        speed = get("LearningSpeed")(2)
-        speed.update(model.parameter_groups())
-        policy = get("Guided")(PAIR, 0.0, 2)
-        policy.after_step(speed, warm_up=False)
-        get("Random")(PAIR, 0.0, 2).after_step(speed, warm_up=False)
-        assert get("utilization")(80.0, 60.0) == 0.25 and policy.curated in PAIR
-        gates = [x["color"] for x in means.gates(model.blocks, "color")]
-        cut = get("cut_off")(model.blocks[0], maps, mean)["gray"]
-        found.append([*gates, speed.speeds(), cut, get("fuse")(logits)])
-    assert all(map(torch.equal, *found))

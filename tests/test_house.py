@@ -1,6 +1,8 @@
 """The plan of the house: floors, the anatomy of a script, and how much there is of everything."""
 
 import ast
+import builtins
+import dis
 from graphlib import TopologicalSorter
 
 import pytest
@@ -73,6 +75,12 @@ def test_script_keeps_to_its_budget_and_to_the_order_of_its_parts(name):
     assert places == sorted(places) and all(text.count(banner) == 1 for banner in banners)
 
 
+def free_names(code):
+    """What functions take from outside of themselves, those inside of others too."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return names.union(*(free_names(x) for x in code.co_consts if hasattr(x, "co_consts")))
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_method_block_runs_when_cut_out(name):
     block = SCRIPTS[name].split("\n# ---- Method ----\n")[1].split("\n# ---- ")[0]
@@ -82,6 +90,7 @@ def test_method_block_runs_when_cut_out(name):
             assert {x.split(".")[0] for x in modules} <= {"torch", "math", "typing"}
     space = {"__name__": "cut_out"}
     exec(block, space)
+    assert free_names(compile(block, name, "exec")) <= space.keys() | vars(builtins).keys()
     assert any(hasattr(x, "__module__") and x.__module__ == "cut_out" for x in space.values())
     assert isinstance(space["torch"], type(torch))
 

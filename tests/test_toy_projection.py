@@ -212,13 +212,6 @@ def test_mistakes_are_named(capsys):
         toy.main(["--out", str(ROOT / "LICENSE")])
 
 
-def test_method_block_runs_when_cut_out():
-    text = (ROOT / "toy_projection.py").read_text()
-    exec(re.search("# ---- Method ----(.*?)# ---- Data ----", text, re.DOTALL)[1], names := {})
-    network = names["ToyNetwork"]("late", 2, 3, 4, 5, heads=2)
-    assert network(torch.zeros(2, 6, 3), head=1).shape == (2, 6, 4)
-
-
 @pytest.mark.slow
 def test_set_b_of_the_roll_is_bad_and_overtrained_mhm_has_a_smaller_gap(tmp_path, monkeypatch):
     words = ["--seeds", *"01234567", "--out", str(tmp_path), "--method", "joint"]

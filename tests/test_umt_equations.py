@@ -1,12 +1,10 @@
 """The method block of umt_ume.py and the linear probe against hand calculations."""
 
 import math
-import re
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT
 
 import umt_ume as umt
 from common.metrics import linear_probe
@@ -129,27 +127,3 @@ def test_the_probe_keeps_the_names_of_classes_that_training_lacks():
     assert certain.isfinite().all() and certain.amin() >= math.log(1e-12) - 1e-5
     alone = linear_probe(z, torch.full((200,), 3), 6)(z)  # a single class in training
     assert (alone.argmax(dim=1) == 3).all()
-
-
-# ---- The block by itself ----
-
-
-def test_method_block_runs_when_cut_out():
-    """It needs torch and nothing else of the project, so it can be lifted into other code."""
-    text = (ROOT / "umt_ume.py").read_text()
-    block = re.search(r"# ---- Method ----\n(.*?)# ---- Model ----", text, re.DOTALL)[1]
-    imports = re.findall(r"^\s*(?:import|from) (\w+)", block, re.MULTILINE)
-    assert set(imports) == {"math", "torch"}
-    assert not {"config", "args", "device"} & set(re.findall(r"\w+", block))
-    names = {}
-    exec(block, names)
-    encoders, inputs = images()
-    z = [torch.randn(16, 8) for _ in inputs]
-    found = []
-    for get in (names.__getitem__, umt.__dict__.__getitem__):
-        targets = get("Teachers")(encoders)(inputs)
-        distance = get("distillation")(dict(zip(inputs, z, strict=True)), targets)
-        means = [get(name)(z) for name in ("average_logits", "average_probabilities")]
-        found.append([distance, *means, get("choose")(*seen(20, 5))])
-    assert found[0].pop() == found[1].pop() == "umt"
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
