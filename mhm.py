@@ -438,7 +438,13 @@ def add_flags(add):
     several = number(int, 2)
     heads = "heads and folds; paper: 4 on AVE, 2 on THUMOS14, 3 on CMU-MOSEI (%(default)s)"
     add("--heads", type=several, default=4, metavar="K", help=heads)
-    add("--branches", type=several, default=2, metavar="N", help="of shake-shake (%(default)s)")
+    add(
+        "--branches",
+        type=number(int, 2, 64),
+        default=2,
+        metavar="N",
+        help="of shake-shake (%(default)s)",
+    )
 
 
 COLUMNS = {  # of the table: title -> where the number stands in a summary

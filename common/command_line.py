@@ -117,6 +117,23 @@ def as_flag(name):
     return "--" + name.replace("_", "-")
 
 
+def as_words(script, settings):
+    """{"epochs": 2, "seeds": [0, 1]} -> ["--epochs=2", "--seeds", "0", "1"], for the parser to
+    judge; None and False are left out."""
+    words = [f"--dataset={settings.get('dataset', script.dataset)}"]
+    unknown = sorted(settings.keys() - vars(parse_flags(script, words)).keys())
+    if unknown:
+        raise UserError(f"{script.name}.py has no {', '.join(map(as_flag, unknown))}.")
+    for name, value in settings.items():
+        if isinstance(value, (list, tuple)):
+            words += [as_flag(name), *map(str, value)]
+        elif value is True:
+            words.append(as_flag(name))
+        elif value is not None and value is not False:
+            words.append(f"{as_flag(name)}={value}")
+    return words
+
+
 def dataset_of(argv, default):
     """The dataset that a command line names; a wrong name is left to the parser to refuse."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -176,15 +193,10 @@ class Command:
 
     def __init__(self, script, argv=None):
         self.script = script
-        settings = argv if isinstance(argv, dict) else {}
         words = sys.argv[1:] if argv is None else argv
-        if isinstance(argv, dict):
-            words = ["--dataset", settings.get("dataset", script.dataset)]
-        self.args = args = parse_flags(script, words)
-        unknown = sorted(settings.keys() - vars(args).keys())
-        if unknown:
-            raise UserError(f"{script.name}.py has no {', '.join(map(as_flag, unknown))}.")
-        vars(args).update(settings)
+        self.args = args = parse_flags(
+            script, as_words(script, argv) if isinstance(argv, dict) else words
+        )
         args.seeds = list(dict.fromkeys(args.seeds))  # a seed named twice is still one run
         args.device = pick_device(args.device)
         args.pretrained = getattr(args, "pretrained", False)

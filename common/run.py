@@ -122,6 +122,7 @@ class Run:
         """
         if self.opened:
             return
+        make_folder(self.folder)
         try:
             for name in self.FILES:
                 (self.folder / name).unlink(missing_ok=True)
@@ -129,7 +130,6 @@ class Run:
             raise UserError(
                 f"Cannot clear the folder {self.folder} ({error}); choose another --out."
             ) from error
-        make_folder(self.folder)
         config = {"arguments": self.arguments, "sizes": self.config.sizes}
         write_json(self.folder / "config.json", config | environment(self.config.device))
         self.opened = True

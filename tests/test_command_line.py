@@ -1,6 +1,7 @@
 """From flags to configurations, in all scripts; device, optimizer, progress, end of a command."""
 
 import io
+import math
 import multiprocessing
 import os
 import re
@@ -135,6 +136,9 @@ def test_words_and_a_dict_of_settings_give_the_same(no_data):
     assert first.args.seeds == [1, 0] and first.methods == ["a", "b"]  # twice is still once
     with pytest.raises(UserError, match=r"^own.py has no --alpha, --size-of-b\.$"):
         Command(OWN, {"alpha": 1, "size_of_b": 2})
+    for wrong in ({"lr": math.nan}, {"seeds": []}, {"fusion": "no"}, settings | {"resume": True}):
+        with pytest.raises(SystemExit):
+            Command(OWN, wrong)
 
 
 def test_arguments_are_what_decides_the_result(no_data):
