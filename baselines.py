@@ -287,7 +287,7 @@ def test(run, model, splits, config):
 
 # ---- Command line ----
 
-# Epochs, batches and optimizer are those of pmr.py, so that its method and these can be compared.
+# Those of pmr.py, where their sources are tagged, so that its method and these can be compared.
 COMMON = {
     "batch_size": 64,
     "lr": 1e-3,

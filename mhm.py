@@ -14,8 +14,7 @@ Every run leaves its configuration, metrics, predictions, curves and checkpoints
 runs/mhm/<dataset>/<method>-<fusion>[-<knob>=<value>]-seed<k>/. See docs/mhm.md.
 
 Differs from the paper, or settles what it leaves open (no code or supplement was at hand):
-- An epoch is a round of both phases, one pass over the data, in which phi learns from a K-th of it;
-  after head K comes head 1: ours.
+- An epoch is a round, one pass over the data, phi on a K-th of it; after head K comes head 1: ours.
 - Folds are drawn once; their sizes differ by one if K does not divide the data: ours.
 - Every module has its own optimizer, whose moments rest while the module is frozen: ours.
 - Frozen BatchNorm keeps and uses its running statistics; frozen dropout stays on: ours.
@@ -175,9 +174,6 @@ def divergence_from_mean(log_p):
 
 
 GS = {"pairwise": pairwise_divergence, "mean": divergence_from_mean}
-
-
-# Of several runs on the same items: for experiments/mhm.py.
 
 
 def missing_ratio(correct, unimodal_correct):

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from common.command_line import run_command
 from common.datasets import split_folds
 from common.device import environment, pick_device
+from common.errors import UserError
 from common.flags import number
 from common.optimizer import build_optimizer
 from common.run import join_name
@@ -330,7 +331,11 @@ def parse_args(argv=None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="%(default)s")
     add("--out", default="runs", metavar="DIR", help="where results are written (%(default)s)")
     add("--overwrite", action="store_true", help="train again what is there already")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if "--experiment" in rest:
+        raise UserError("Tables have a command: python -m experiments.toy_projection --help.")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.seeds = list(dict.fromkeys(args.seeds))  # a seed named twice is still one run
     args.device = pick_device(args.device)
     return args

@@ -37,7 +37,9 @@ def train(dataset, regime, seeds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=20, help="pairs of each regime and dataset")
     parser.add_argument("--share", type=float, default=0.05, help="share of the regime's epochs")

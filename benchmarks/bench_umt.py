@@ -68,7 +68,9 @@ def build_epochs(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the table to this file too")

@@ -76,27 +76,36 @@ def build_parser(script, dataset):
         help=f"{names}, unimodal-<modality>; default: a comparison, on large data "
         f"{next(iter(script.methods))}",
     )
-    add("--fusion", choices=script.fusions, default=script.fusions[0], help="%(default)s")
+    several = "%(default)s" if len(script.fusions) > 1 else argparse.SUPPRESS
+    add("--fusion", choices=script.fusions, default=script.fusions[0], help=several)
     if "pretrained" in encoder_options(dataset):
         add("--pretrained", action="store_true", help="ResNet-18 starts from ImageNet's weights")
-    add = parser.add_argument_group("training; defaults by dataset").add_argument
-    add("--epochs", type=number(int, 1), metavar="N")
-    add("--batch-size", type=number(int, 1), metavar="N")
+    recipe = script.recipes.get(dataset, script.recipes["features"]).get
+    add = parser.add_argument_group(f"training; defaults for {dataset}").add_argument
+    epochs = f"passes over the training data ({recipe('epochs')})"
+    add("--epochs", type=number(int, 1), metavar="N", help=epochs)
+    samples = f"samples of a step ({recipe('batch_size')})"
+    add("--batch-size", type=number(int, 1), metavar="N", help=samples)
     add("--optimizer", choices=["sgd", "adam", "adagrad"], default="sgd", help="%(default)s")
-    add("--lr", type=positive, metavar="X", help="learning rate")
-    add("--momentum", type=number(float, 0, 1), metavar="X", help="of sgd")
-    add("--weight-decay", type=number(float, 0), metavar="X")
-    add("--schedule", choices=["none", "step", "cosine"], help="of the learning rate")
+    add("--lr", type=positive, metavar="X", help=f"learning rate ({recipe('lr')})")
+    momentum = f"of sgd, no other ({recipe('momentum')})"
+    add("--momentum", type=number(float, 0, 1), metavar="X", help=momentum)
+    decay = f"of the optimizer ({recipe('weight_decay')})"
+    add("--weight-decay", type=number(float, 0), metavar="X", help=decay)
+    schedule = f"of lr; step: a tenth for the last 30 percent ({recipe('schedule')})"
+    add("--schedule", choices=["none", "step", "cosine"], help=schedule)
     add = parser.add_argument_group("run").add_argument
     add("--seeds", type=number(int, 0), nargs="+", default=[0], metavar="N", help="default: 0")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="cuda or cpu")
+    add(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda or cpu"
+    )
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="%(default)s")
     add(
         "--num-workers",
         type=number(int, 0, 256),
         default=min(8, os.cpu_count() or 1),
         metavar="N",
-        help="processes that read frames and sound; changes no result (%(default)s)",
+        help="processes that read files of clips and views; changes no result (%(default)s)",
     )
     add("--out", default="runs", metavar="DIR", help="where runs are written (%(default)s)")
     existing = parser.add_mutually_exclusive_group()
@@ -150,9 +159,10 @@ def parse_flags(script, argv, namespace=None):
     for word in rest:
         flag = word.split("=")[0]
         if flag == "--experiment":
+            name = "compare" if script.name == "baselines" else script.name
             raise UserError(
                 "Tables and figures have a command of their own: "
-                f"python -m experiments.{script.name} --help."
+                f"python -m experiments.{name} --help."
             )
         if flag == "--pretrained":
             raise UserError(f"There are no pretrained weights for {dataset}; leave out {flag}.")

@@ -7,7 +7,8 @@
 Splits, epochs, batches and optimizer are the same for all: those of pmr.py's recipe. So are the
 encoders within a network, and the knobs of a method are its own script's. Runs are those of the
 scripts, under --out; finished ones are reused and unfinished ones gone on with, so the same command
-can be given again and again. It takes all flags that the scripts share. See docs/compare.md.
+can be given again and again. It takes all flags that the scripts share. rows.csv, table.json,
+table.md and figure.png go to runs/compare/<dataset>[-<knob>=<value>]/. See docs/compare.md.
 """
 
 import argparse

@@ -6,7 +6,7 @@
     python -m experiments.greedy_balance sensitivity --seeds 0 1 2    # Figure 9
 
 All flags of greedy_balance.py, and --rates N of the sweep. rows.csv, table.json and figure.png go
-to runs/greedy_balance/<dataset>/<experiment>/.
+to runs/greedy_balance/<dataset>/<experiment>[-<knob>=<value>]/.
 """
 
 from itertools import product

@@ -67,7 +67,7 @@ class Experiment:
     """The command line of an experiment: its name, the flags of its script, and flags of its own.
 
     argv:      words: the experiment's name, then flags.
-    names:     the experiments there are.
+    names:     the experiments there are, name -> function, whose docstring is shown by --help.
     add_flags: adds flags that only experiments have; they are in `options`.
     """
 
@@ -76,8 +76,11 @@ class Experiment:
         name = script.SCRIPT.name
         parser = argparse.ArgumentParser(
             prog=f"python -m experiments.{name}",
-            description=f"Tables and figures: {', '.join(names)}. All flags of {name}.py, too: "
-            f"python {name}.py --help.",
+            description=f"All flags of {name}.py, too: python {name}.py --help.",
+            epilog="\n".join(
+                f"  {k:12}{(f.__doc__ or k).splitlines()[0]}" for k, f in names.items()
+            ),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         parser.add_argument("experiment", choices=list(names))
@@ -149,14 +152,15 @@ class Experiment:
 
     @property
     def folder(self):
-        """<out>/<script>/<dataset>/<experiment>[-<fusion>][-<knob>=<value>], where not default."""
+        """<out>/<script>/<dataset>/<experiment>[-<fusion>][-method=<names>][-<knob>=<value>]."""
         args, script = self.args, self.script.SCRIPT
-        fusion = [args.fusion] if args.fusion != script.fusions[0] else []
+        named = [args.fusion] if "fusion" in self.given else []
+        named += ["method=" + ",".join(args.method)] if "method" in self.given else []
         knobs = {knob: getattr(args, knob) for knob in shared_knobs(args.dataset)}
         knobs |= {k: getattr(args, k) for flags in script.methods.values() for k in flags}
         knobs |= vars(self.options)
         changed = changed_knobs(knobs, self.command.defaults | self.own_defaults)
-        return Path(args.out) / script.name / args.dataset / join_name(self.name, *fusion, *changed)
+        return Path(args.out) / script.name / args.dataset / join_name(self.name, *named, *changed)
 
     def write(self, grid, record, runs):
         """rows.csv, table.json and figure.png; and the table on the terminal."""

@@ -3,7 +3,8 @@
     python -m experiments.mhm table3 --dataset digits --seeds 0 1 2 3 4
 
 Also table4, table5, table6 and figure2. All flags of mhm.py. rows.csv, table.json and figure.png go
-to runs/mhm/<dataset>/<experiment>/. Beside the numbers stand the paper's on AVE, another task.
+to runs/mhm/<dataset>/<experiment>[-<knob>=<value>]/. Beside the numbers stand the paper's on AVE,
+another task.
 """
 
 import sys

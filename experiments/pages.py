@@ -2,11 +2,14 @@
 
     python -m experiments.pages README.md data/README.md docs/*.md
 
-renews every table that stands between `<!-- table FILE PART -->` and `<!-- end -->`.
+renews every table that stands between `<!-- table FILE PART -->` and `<!-- end -->`. An experiment
+writes to runs/; what the pages show is copied from there to results/ by hand: rows.csv and
+table.json as NAME.csv and NAME.json (umt_ume's decisions.json as umt_choice_DATASET.json), and
+figure.png to docs/NAME.png.
 """
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 from common.storage import read_json
@@ -43,5 +46,9 @@ def renew_tables(text):
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        Path(name).write_text(renew_tables(Path(name).read_text()))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pages", nargs="+", type=Path)
+    for page in parser.parse_args().pages:
+        page.write_text(renew_tables(page.read_text()))

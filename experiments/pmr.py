@@ -2,7 +2,8 @@
 
     python -m experiments.pmr table1 --dataset digits --seeds 0 1 2 3 4
 
-All flags of pmr.py. rows.csv, table.json and figure.png go to runs/pmr/<dataset>/<experiment>/.
+All flags of pmr.py. rows.csv, table.json and figure.png go to
+runs/pmr/<dataset>/<experiment>[-<fusion>][-<knob>=<value>]/.
 """
 
 import pmr

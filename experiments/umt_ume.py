@@ -5,8 +5,8 @@
     python -m experiments.umt_ume weights --seeds 0 1 2      # what lambda of UMT is chosen by
 
 All flags of umt_ume.py; the rivals are baselines.py's and train by the same settings. rows.csv,
-table.json and figure.png go to runs/umt_ume/<dataset>/<experiment>/, and what `auto` chose, with
-its evidence, to decisions.json beside them.
+table.json and figure.png go to runs/umt_ume/<dataset>/<experiment>[-<knob>=<value>]/, and what
+`auto` chose, with its evidence, to decisions.json beside them.
 """
 
 from itertools import groupby

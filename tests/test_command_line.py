@@ -248,7 +248,8 @@ def test_bad_requests_are_one_sentence(no_data, monkeypatch, words, sentence):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
 def test_experiment_names_the_new_command(script):
-    command = f"python -m experiments.{script.__name__} --help"
+    name = "compare" if script is baselines else script.__name__
+    command = f"python -m experiments.{name} --help"
     for words in (["--experiment", "table1"], ["--experiment=table1"]):
         with pytest.raises(UserError, match=f"a command of their own: {command}"):
             script.main(words)

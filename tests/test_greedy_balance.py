@@ -654,7 +654,11 @@ def test_grids_folders_and_the_papers_numbers(experiment, tmp_path, monkeypatch)
     assert {"u(first-2|first)", "u(first|first-2)"} < record["rows"][0].keys()
     experiment("sweep --rates 2")
     folders = {path.name for path in (tmp_path / "greedy_balance" / "synthetic").iterdir()}
-    assert folders == {"sensitivity-tolerance=0.5", "sweep-duplicate=first", "sweep-rates=2"}
+    assert folders == {
+        "sensitivity-tolerance=0.5",
+        "sweep-method=joint-duplicate=first",
+        "sweep-rates=2",
+    }
     args = SimpleNamespace(dataset="cg-mnist", duplicate=None)
     methods = ["unimodal-gray", "unimodal-color", *FUSED]
     paper = SimpleNamespace(args=args, name="table1", modalities=("gray", "color"))

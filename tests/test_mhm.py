@@ -606,7 +606,7 @@ def test_an_experiment_of_a_single_seed_and_of_fewer_methods(experiment, capsys,
     ("argv", "sentence"),
     [
         ("--heads 1", "must be a whole number at least 2, not '1'"),
-        ("--branches 1", "must be a whole number at least 2, not '1'"),
+        ("--branches 1", "must be a whole number at least 2 and at most 64, not '1'"),
         ("--gs mean", "unrecognized arguments: --gs mean"),
         ("--method mmh", "no method 'mmh' for synthetic; choose from mhm, mhm-no-freeze"),
         ("--heads 41", "40 training samples do not make 41 folds; lower --heads"),

@@ -365,8 +365,9 @@ def test_restricted_tables_of_other_knobs_stand_in_other_folders(flags, tmp_path
         names = [m for m in words.split() if m in ("joint", "pmr", "unimodal-gray")]
         assert [row["method"] for row in rows] == names
     folders = sorted(path.name for path in (tmp_path / "pmr" / "digits").glob("table1*"))
-    plain = "table1-sum-train-samples=40-epochs=1"
-    assert folders == [plain, f"{plain}-alpha=3.0"]
+    tiny = "train-samples=40-epochs=1"
+    named = [f"joint,pmr-{tiny}", f"joint-{tiny}-alpha=3.0", f"unimodal-gray-{tiny}"]
+    assert folders == [f"table1-sum-method={name}" for name in named]
     path = tmp_path / "pmr" / "digits" / folders[1] / "table.json"
     arguments = json.loads(path.read_text())["arguments"]
     assert (arguments["method"], arguments["fusion"]) == (["joint"], "sum")

@@ -52,7 +52,7 @@ FINE = {  # None: as the configuration says; each is a flag, too many for --help
 }
 DIALS = {
     "configuration": Dial(
-        "N", str, "O, N, T or Q: sets the dials of common/datasets/synthetic.py (N)"
+        "N", str, "O, N, T or Q: sets all dials, also those that only synthetic.py lists (N)"
     ),
     "pair_type": Dial("suppressor", str, "suppressor or sum-mod (suppressor)"),
     "pair_only": Dial(None, SHARE, "share of samples with paired features only; 0: all have them"),
