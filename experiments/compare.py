@@ -52,7 +52,8 @@ def plan(modalities):
         ("late", umt_ume, "concat", ["umt"]),
         *([("late", pmr, "concat", ["pmr"])] if two else []),
         *(("late", baselines, fusion, ["joint"]) for fusion in fusions),
-        ("mmtm", greedy_balance, "mmtm", [*alone, "joint", *rubi, "random", "guided"]),
+        ("mmtm", greedy_balance, "mmtm", [*alone, "joint"]),
+        ("mmtm", greedy_balance, "mmtm", [*rubi, "random", "guided"]),  # rubi needs joint first
         ("modular", mhm, "concat", ["joint", "ensemble", "mhm"]),
     ]
 
