@@ -1,5 +1,4 @@
-"""Exact resume of greedy_balance.py: what it keeps beside the network goes on where it stood. What
-becomes of any run: test_run.py."""
+"""Exact resume of greedy_balance.py: what it keeps beside the network goes on where it stood."""
 
 import random
 import shutil

@@ -68,6 +68,7 @@ def test_nothing_imports_upward_and_there_are_no_circles():
 def test_script_keeps_to_its_budget_and_to_the_order_of_its_parts(name):
     text = SCRIPTS[name]
     assert text.count("\n") <= BUDGETS[name]
+    assert text.endswith('\n\nif __name__ == "__main__":\n    run_command(main)\n')
     assert imports(ROOT / f"{name}.py")[1] <= 25
     second = "Data" if name == "toy_projection" else "Model"
     banners = [f"\n# ---- {x} ----\n" for x in ("Method", second, "Training", "Command line")]

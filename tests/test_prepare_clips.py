@@ -325,15 +325,12 @@ def test_interrupted_and_started_again(end, made, tmp_path):
     """Ended once some clips are finished; the result equals that of the uninterrupted run."""
     whole, out = made("crema-d", 6), tmp_path / "out"
     arguments = ["crema-d", "--source", whole / "source", "--out", out, *SMALL, "--workers", 1]
-    command = [sys.executable, ROOT / "data" / "prepare.py", *arguments]
-    slow = tmp_path / "bin" / "ffmpeg"  # so that the end comes in the middle
-    slow.parent.mkdir()
+    command = list(map(str, [sys.executable, ROOT / "data" / "prepare.py", *arguments]))
+    slow = tmp_path / "ffmpeg"  # so that the end comes in the middle
     slow.write_text(f'#!/bin/sh\nsleep 0.3\nexec {shutil.which("ffmpeg")} "$@"\n')
     slow.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{slow.parent}:{os.environ['PATH']}"}
-    process = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment
-    )
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     journal = out / ".prepare" / "done.jsonl"
     while not journal.exists() or journal.read_text().count("\n") < 2:
         assert process.poll() is None

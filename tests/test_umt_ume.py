@@ -4,8 +4,6 @@ is said to bad input. Whole runs are compared with plain loops."""
 import json
 import math
 import re
-import runpy
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -570,11 +568,3 @@ def test_bad_requests_are_one_sentence(run, capsys, argv, sentence):
         run(*words) if words[0].startswith("--") else plan(*words)
     told = str(error_info.value)
     assert sentence in (capsys.readouterr().err if told == "2" else told) and "\n" not in told
-
-
-@pytest.mark.parametrize("name", ["umt_ume", "experiments.umt_ume"])
-def test_a_mistake_is_one_line_and_no_traceback(monkeypatch, name):
-    monkeypatch.setattr(sys, "argv", [name, *["methods"][: "." in name], "--method", "utm"])
-    monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SystemExit, match=r"^error: There is no method"):
-        runpy.run_module(name, run_name="__main__")
