@@ -330,7 +330,9 @@ def test_interrupted_and_started_again(end, made, tmp_path):
     slow.write_text(f'#!/bin/sh\nsleep 0.3\nexec {shutil.which("ffmpeg")} "$@"\n')
     slow.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    options = {"stderr": subprocess.PIPE, "text": True, "env": environment}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # else inherited
+    process = subprocess.Popen(command, **options)
     journal = out / ".prepare" / "done.jsonl"
     while not journal.exists() or journal.read_text().count("\n") < 2:
         assert process.poll() is None
