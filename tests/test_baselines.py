@@ -1,5 +1,4 @@
-"""baselines.py: its rules against hand calculations and slow versions written from the papers, and
-whole runs from the command line."""
+"""baselines.py: its rules against hand calculations and slow versions, and whole runs."""
 
 import copy
 import itertools

@@ -1,5 +1,4 @@
-"""Encoders, fusion heads and whole networks, against the equations and the released sizes; and
-what is measured on their outputs."""
+"""Encoders, heads, whole networks, against equations and released sizes; measures of outputs."""
 
 from types import SimpleNamespace
 
