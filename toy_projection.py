@@ -332,7 +332,7 @@ def parse_args(argv=None):
     add("--out", default="runs", metavar="DIR", help="where results are written (%(default)s)")
     add("--overwrite", action="store_true", help="train again what is there already")
     args, rest = parser.parse_known_args(argv)
-    if "--experiment" in rest:
+    if any(word.split("=")[0] == "--experiment" for word in rest):
         raise UserError("Tables have a command: python -m experiments.toy_projection --help.")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

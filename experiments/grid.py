@@ -241,7 +241,7 @@ def write_rows(path, runs):
 
 
 def read_rows(path):
-    """The dicts that `write_rows` wrote: numbers are numbers again, an empty cell is None."""
+    """The dicts of a CSV in results/: numbers are numbers again, an empty cell is None."""
     with open(path, newline="") as file:
         return [{k: read_cell(v) for k, v in row.items()} for row in csv.DictReader(file)]
 

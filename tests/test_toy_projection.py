@@ -208,8 +208,10 @@ def test_mistakes_are_named(capsys):
         with pytest.raises(SystemExit, match="2"):
             toy.main(words.split())
         assert sentence in capsys.readouterr().err
-    with pytest.raises(UserError, match="Cannot make the folder"):
-        toy.main(["--out", str(ROOT / "LICENSE")])
+    refused = {f"--out={ROOT / 'LICENSE'}": "Cannot make the folder"}
+    for word, sentence in (refused | {"--experiment=tables": "Tables have a command"}).items():
+        with pytest.raises(UserError, match=sentence):
+            toy.main([word])
 
 
 @pytest.mark.slow
