@@ -37,7 +37,7 @@ from common.errors import UserError
 from common.evaluation import Totals, arrays, count_correct, measure, predict, probe_encoders
 from common.flags import SHARE, SIZE, number
 from common.metrics import count_parameters
-from common.networks.multimodal import build_model
+from common.networks.multimodal import build_model, seed_module
 from common.optimizer import build_optimizer
 from common.run import Run
 from common.seeding import make_generator
@@ -191,6 +191,7 @@ def train(run, model, splits, config):
 
     `run.batches` sets the epoch's learning rate, `run.end_epoch` keeps the best on validation.
     """
+    seed_module(config, config.method)
     rule = RULES.get(config.method, Joint)(model, config).to(config.device)
     data, held_out = splits.train, None
     if config.method == "g-blending":
@@ -315,9 +316,8 @@ COMPARED = ("joint", "aux-ce", "ogm-ge", "modality-dropout")  # g-blending train
 
 
 def add_flags(add):
-    add(
-        "--ogm-alpha", type=SIZE, default=0.3, metavar="X", help="of ogm-ge (%(default)s)"
-    )  # [C] 0.1, 0.8
+    alpha = {"type": SIZE, "default": 0.1, "metavar": "X"}  # its authors' command; elsewhere 0.8
+    add("--ogm-alpha", **alpha, help="of ogm-ge (%(default)s)")
     share = {"type": SHARE, "default": 0.3, "metavar": "X"}
     add("--drop-probability", **share, help="p of modality-dropout (%(default)s)")
     kinds = {"choices": ["offline", "online"], "default": "offline"}

@@ -43,11 +43,10 @@ from common.flags import SIZE, number
 from common.metrics import accuracy, count_parameters
 from common.networks.encoders import initialize
 from common.networks.mmtm import MMTM, SE
-from common.networks.multimodal import build_encoders
+from common.networks.multimodal import build_encoders, seed_module
 from common.networks.rubi import RUBi
 from common.optimizer import build_optimizer
 from common.run import Run
-from common.seeding import seed_phase
 from common.tasks import Classification
 
 # isort: split
@@ -249,10 +248,10 @@ class GreedyNet(nn.Module):
 
 
 def build_model(config, splits):
-    """The network of a run, initialised from its seed."""
-    seed_phase(config.seed, "initialisation")
+    """The network of a run, its modules started by `seed_module`."""
     # BatchNorm after every convolution, as the gates, a half each at first, shrink the maps.
     encoders = build_encoders(config, splits, dim=None, batch_norm=True)
+    seed_module(config, "heads and blocks")
     model = GreedyNet(encoders, config.num_classes, config.gate_factor)
     return model.to(config.device, memory_format=torch.channels_last)
 
@@ -280,6 +279,7 @@ def train(run, model, splits, config):
     parameters = list(model.parameters())
     if config.method == "rubi":
         biased = biased_modality(config)
+        seed_module(config, "rubi")
         state["rubi"] = rubi = RUBi(model.encoders[biased].dim, config.num_classes)
         parameters += rubi.to(config.device).parameters()
     state["optimizer"] = optimizer = build_optimizer(parameters, config)

@@ -37,9 +37,8 @@ from common.errors import UserError
 from common.evaluation import Totals, arrays, collect, count_correct, probe_encoders
 from common.flags import number
 from common.metrics import accuracy, count_parameters
-from common.networks.encoders import initialize
+from common.networks.encoders import build_encoder, initialize
 from common.networks.fusion import FUSIONS
-from common.networks.multimodal import build_encoders
 from common.networks.shake_shake import ShakeShake
 from common.optimizer import build_optimizer
 from common.run import Run
@@ -228,6 +227,12 @@ class OnlyModality(nn.Module):
     def forward(self, features):
         (z,) = features.values()
         return z
+
+
+def build_encoders(config, splits):
+    shapes = {m: splits.shapes[m] for m in config.modalities}
+    pretrained = config.pretrained
+    return {m: build_encoder(config.dataset, s, pretrained=pretrained) for m, s in shapes.items()}
 
 
 def build_phi(config, dims):

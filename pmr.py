@@ -30,10 +30,13 @@ Differs from the paper:
 - Tables 3 (MMTM, CentralNet) and 4 (localization) are not here; Table 2's rules: baselines.py.
 """
 
+import copy
 import math
 
+from torch.optim.swa_utils import update_bn
+
 from common.command_line import Command, Script, run_command
-from common.device import forward
+from common.device import autocast, forward
 from common.errors import UserError
 from common.evaluation import Totals, arrays, count_correct, measure, predict, probe_encoders
 from common.flags import SIZE, number
@@ -177,8 +180,19 @@ def draw_subset(split, config):
     return split.subset(order[:size])
 
 
+def settled(model, subset, config):
+    """A copy of an untrained network whose BatchNorms know D_s: ours. At their starting statistics
+    the features, and so the first prototypes, would hardly differ from class to class."""
+    model = copy.deepcopy(model)
+    with autocast(config):
+        update_bn((inputs for inputs, _, _ in subset.batches(256)), model)
+    return model
+
+
 def subset_means(model, subset, config):
-    """Eq. (6) in every modality: modality -> (means, present)."""
+    """Eq. (6) in every modality: modality -> (means, present); none where there is but one."""
+    if len(config.modalities) == 1:
+        return {}
     outputs = predict(model, subset, config)
     return {
         m: class_means(outputs[m], outputs["labels"], config.num_classes) for m in model.encoders
@@ -196,10 +210,15 @@ def train(run, model, splits, config):
         for m, encoder in model.encoders.items():
             prototypes[m] = Prototypes(config.num_classes, encoder.dim).to(config.device)
     optimizer = build_optimizer(model.parameters(), config)
+    means = None
     for epoch in run.epochs({"model": model, "prototypes": prototypes, "optimizer": optimizer}):
-        if prototypes:
-            for m, means in subset_means(model, subset, config).items():
-                prototypes[m].update(*means, config.momentum_epsilon)  # Eq. (12)
+        if (
+            prototypes and means is None
+        ):  # of the start; at a resume those of the epoch before, once more
+            source = model if epoch else settled(model, subset, config)
+            means = subset_means(source, subset, config)
+        for m in prototypes:
+            prototypes[m].update(*means[m], config.momentum_epsilon)  # Eq. (12)
         per = config.method == "pmr" and epoch < config.per_epochs  # in the first E_r epochs
         names = ("loss", "accuracy", "rho") if prototypes else ("loss", "accuracy")
         totals = Totals(names, config.device)
@@ -212,7 +231,8 @@ def train(run, model, splits, config):
             loss.backward()
             optimizer.step()
             totals.add(len(labels), loss, count_correct(logits, labels), *rho)
-        validation, _ = evaluate(model, splits.val, subset, config)
+        means = subset_means(model, subset, config)
+        validation, _ = evaluate(model, splits.val, means, config)
         run.end_epoch({"train": totals.means(), "val": validation})
 
 
@@ -229,30 +249,29 @@ def rebalance(loss, features, labels, prototypes, config, per):
     return pmr_loss(loss, logits0, logits1, labels, known, config.alpha, mu, config.coefficients)
 
 
-def evaluate(model, split, subset, config):
+def evaluate(model, split, means, config):
     """Metrics of a split, and its outputs. In each of several modalities also `prototype`: the
-    accuracy of the nearest class mean of D_s under the present encoder, which every fusion has."""
+    accuracy of the nearest of the class `means` of D_s, which every fusion has."""
     outputs = predict(model, split, config)
     metrics = measure(model, outputs, split)
-    if len(config.modalities) > 1:
-        for m, means in subset_means(model, subset, config).items():
-            metrics[m]["prototype"] = accuracy(
-                prototype_logits(outputs[m], *means), outputs["labels"]
-            )
+    for m in means:
+        nearest = prototype_logits(outputs[m], *means[m])
+        metrics[m]["prototype"] = accuracy(nearest, outputs["labels"])
     return metrics, outputs
 
 
 @torch.no_grad()
 def test(run, model, splits, config):
     """The test split, looked at here only: by the best network on validation, and by the last."""
-    subset = draw_subset(splits.train, config)
-    run.restore({"model": model}, "best.pt")
-    best, _ = evaluate(model, splits.test, subset, config)
-    run.restore({"model": model}, "last.pt")
-    last, outputs = evaluate(model, splits.test, subset, config)
-    for m, found in probe_encoders(lambda x: forward(model, x, config)[1], splits).items():
-        last[m]["probe"] = found
-    summary = run.summarize(last, best) | {"parameters": count_parameters(model)}
+    subset, found = draw_subset(splits.train, config), {}
+    for name in ("best.pt", "last.pt"):
+        run.restore({"model": model}, name)
+        means = subset_means(model, subset, config)
+        found[name], outputs = evaluate(model, splits.test, means, config)
+    last = found["last.pt"]
+    for m, probe in probe_encoders(lambda x: forward(model, x, config)[1], splits).items():
+        last[m]["probe"] = probe
+    summary = run.summarize(last, found["best.pt"]) | {"parameters": count_parameters(model)}
     if len(config.modalities) == 2:
         summary["rho"] = run.history[-1]["train"]["rho"]  # mean over the last epoch
     return summary, arrays(outputs), curves(config)

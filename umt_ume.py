@@ -16,8 +16,8 @@ evidence in auto-<fusion>[-<knob>=<value>]/decision.json. See docs/umt_ume.md.
 Differs from the paper (read up to the beginning of Sec. 3; no code of its authors was found):
 - UMT's distance: mean squared error of the features before fusion, as in three public
   re-implementations. Its weight: 10 as in one of them, or chosen on validation, see RECIPES.
-- A network's modules start from one stream of random numbers: the student's first encoder starts
-  where its teacher did, the second does not.
+- A student's encoder starts from weights of its own, never where its teacher started; with
+  --shared-start it does, which decides the result on digits, see docs/umt_ume.md: ours.
 - Teachers: last epoch, frozen, in evaluation mode, on the augmented batch of the student: ours.
 - UME's average could not be read: `ume` averages probabilities, `ume-logits` logits, of the last
   epoch, all weights equal: ours.
@@ -33,6 +33,7 @@ from pathlib import Path
 
 from common.command_line import Command, Script, run_command
 from common.device import autocast, forward
+from common.errors import UserError
 from common.evaluation import (
     Totals,
     arrays,
@@ -166,6 +167,15 @@ def assemble(models, splits, config):
 # ---- Training ----
 
 
+def share_starts(model, splits, config):
+    """--shared-start: the encoders that begin at the weights at which their teachers began."""
+    for unimodal in config.needs:
+        (m,) = unimodal.modalities
+        if config.shared_start in (m, "all"):
+            start = build_model(unimodal, splits).encoders[m]
+            model.encoders[m].load_state_dict(start.state_dict())
+
+
 def find_targets(teachers, split, config):
     """A function (inputs, index) -> targets of the batch, modality -> t_m (B, D).
 
@@ -195,6 +205,7 @@ def train(run, model, splits, config):
         models = load_unimodal(config, splits, "last.pt")
         teachers = Teachers({m: models[m].encoders[m] for m in models})
         targets = find_targets(teachers, splits.train, config)
+        share_starts(model, splits, config)
     optimizer = build_optimizer(model.parameters(), config)
     for _ in run.epochs({"model": model, "optimizer": optimizer}):
         totals = Totals(("loss", "accuracy"), config.device)
@@ -354,8 +365,8 @@ RECIPES = {
     "modelnet40": LARGE,
 }
 METHODS = {  # and the flags that decide their results
-    "auto": ("distill_weight",),  # validation chooses between umt and ume
-    "umt": ("distill_weight",),
+    "auto": ("distill_weight", "shared_start"),  # validation chooses between umt and ume
+    "umt": ("distill_weight", "shared_start"),
     "ume": (),
     "ume-logits": (),
     "linear": (),  # what the choice compares UME with
@@ -370,6 +381,19 @@ NEEDS = {  # the runs that a method starts from
 
 def add_flags(add):
     add("--distill-weight", type=SIZE, metavar="X", help="lambda of UMT; default: by dataset")
+    start = "student encoders that start where their teachers did: a modality or all (none)"
+    add("--shared-start", default="none", metavar="NAME", help=start)
+
+
+def prepare(args, splits):
+    """The splits as they are; refuses a --shared-start that names nothing."""
+    known = ("none", "all", *splits.modalities)
+    if args.shared_start not in known:
+        raise UserError(
+            f"--shared-start {args.shared_start} is nothing that {args.dataset} has; choose from "
+            f"{', '.join(known)}."
+        )
+    return splits
 
 
 def columns(splits):
@@ -393,6 +417,7 @@ SCRIPT = Script(
     add_flags=add_flags,
     unfused=("unimodal", *ASSEMBLED),
     needs=NEEDS,
+    prepare=prepare,
     dataset="synthetic",
 )
 

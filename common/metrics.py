@@ -1,11 +1,8 @@
 """What is measured on predictions and features."""
 
 import torch
-from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LogisticRegression
+import torch.nn.functional as F
 from sklearn.metrics import f1_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 
 def accuracy(logits, labels):
@@ -20,24 +17,46 @@ def macro_f1(logits, labels):
 
 
 def linear_probe(features, labels, num_classes):
-    """A linear classifier trained anew on frozen features: scikit-learn's logistic regression.
+    """A linear classifier trained anew on frozen features: logistic regression, converged.
 
-    features: (N, D), labels: (N,), of the training split. Every feature is brought to mean 0 and
-    variance 1 first. Returns a function (N, D) -> log-probabilities (N, C), of 1e-12 at least: what
-    classes without a training sample have.
+        min over W, b of  mean CE(W x + b, y) + ||W||^2 / (2 N)
+
+    features: (N, D), labels: (N,), of the training split; x is z with mean 0 and variance 1 in
+    every feature. Full-batch L-BFGS, which draws nothing, on the principal axes of x: those without
+    variance, such as 448 of 512 behind a layer 64 -> 512, tell nothing and cost nothing, and
+    axes of equal scale make it converge in tens of steps. Returns a function (N, D) ->
+    log-probabilities (N, C).
     """
-    several = len(labels.unique()) > 1
-    classifier = LogisticRegression(max_iter=1000) if several else DummyClassifier()
-    classifier = make_pipeline(StandardScaler(), classifier)
-    classifier.fit(features.cpu().numpy(), labels.cpu().numpy())
+    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    x = (features - mean) / deviation
+    variances, axes = torch.linalg.eigh(x.T @ x / len(x))
+    keep = variances > 1e-6 * variances[-1]
+    scale = (variances[keep] + 0.1).sqrt()
+    axes = axes[:, keep] / scale
+    x = x @ axes
+    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
+    bias = x.new_zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=500,
+        history_size=20,
+        tolerance_grad=2e-5,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
 
-    def predict(z):
-        found = torch.from_numpy(classifier.predict_proba(z.cpu().numpy()))
-        p = z.new_zeros(len(z), num_classes)
-        p[:, classifier.classes_] = found.to(z)
-        return p.clamp_min(1e-12).log()
+    @torch.enable_grad()
+    def loss():
+        optimizer.zero_grad()
+        penalty = (weight / scale.unsqueeze(1)).square().sum() / (2 * len(x))
+        value = F.cross_entropy(x @ weight + bias, labels) + penalty
+        value.backward()
+        return value
 
-    return predict
+    optimizer.step(loss)
+    weight, bias = axes @ weight.detach(), bias.detach()
+    return lambda z: ((z - mean) / deviation @ weight + bias).log_softmax(dim=1)
 
 
 def count_parameters(*modules):

@@ -3,6 +3,7 @@
     python -m experiments.umt_ume methods --seeds 0 1 2      # all methods, and is the choice right
     python -m experiments.umt_ume dial --seeds 0 1 2         # as paired features come to matter
     python -m experiments.umt_ume weights --seeds 0 1 2      # what lambda of UMT is chosen by
+    python -m experiments.umt_ume starts --seeds 0 1 2       # students that start at their teachers
 
 All flags of umt_ume.py; the rivals are baselines.py's and train by the same settings. rows.csv,
 table.json and figure.png go to runs/umt_ume/<dataset>/<experiment>[-<knob>=<value>]/, and what
@@ -73,6 +74,21 @@ def weights(experiment):
     )
 
 
+def starts(experiment):
+    """What UMT owes to encoders that start where their teachers started: none, one, all of them."""
+    experiment.refuse("shared_start")
+    settings = [{"shared_start": name} for name in ("none", *experiment.modalities, "all")]
+    return Grid(
+        title=f"starts on {experiment.args.dataset}",
+        parts=[
+            *parts(experiment, ["joint", "aux-ce"], [{}]),
+            *parts(experiment, ["umt"], settings),
+        ],
+        columns=umt_ume.columns(experiment.command.splits),
+        fields=("shared_start",),
+    )
+
+
 def draw_weights(title, rows, runs):
     """A line for each configuration."""
     lines = [{**row, "method": row.get("configuration", row["method"])} for row in rows]
@@ -139,7 +155,7 @@ def judge(fields, decision, runs):
     return row
 
 
-EXPERIMENTS = {"methods": methods, "dial": dial, "weights": weights}
+EXPERIMENTS = {"methods": methods, "dial": dial, "weights": weights, "starts": starts}
 
 
 def main(argv=None):

@@ -24,22 +24,33 @@ class MultimodalNet(nn.Module):
         return self.fusion(features), features
 
 
+def seed_module(config, name):
+    """Let the module `name` start from (seed, modalities of its network, name).
+
+    So modules that methods share start equal, whatever else a method has; and no encoder starts
+    where one of another network did: a student beside its uni-modal teacher has a start of its own.
+    """
+    seed_phase(config.seed, "initialisation", *config.modalities, name)
+
+
 def build_encoders(config, splits, **options):
     """The encoders of `config.modalities`, in order; options: see `encoders.build_encoder`."""
     options["pretrained"] = config.pretrained
-    return {
-        m: build_encoder(config.dataset, splits.shapes[m], **options) for m in config.modalities
-    }
+    encoders = {}
+    for m in config.modalities:
+        seed_module(config, m)
+        encoders[m] = build_encoder(config.dataset, splits.shapes[m], **options)
+    return encoders
 
 
 def build_model(config, splits):
-    """The network of a run, initialised from its seed, so that what methods share starts equal.
+    """The network of a run, every module started by `seed_module`.
 
     The head is `config.fusion`; of a single modality it is a linear classifier.
     """
-    seed_phase(config.seed, "initialisation")
     encoders = build_encoders(config, splits)
     dims = {m: encoder.dim for m, encoder in encoders.items()}
+    seed_module(config, "head")
     head = FUSIONS[config.fusion] if config.fusion else Sum
     model = MultimodalNet(encoders, head(dims, splits.num_classes))
     return model.to(config.device, memory_format=torch.channels_last)
