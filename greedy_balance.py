@@ -24,8 +24,10 @@ Differs from the paper:
 - Of more than two modalities the one with the largest s is curated: ours.
 - MMTM after the last three of four convolutions, BatchNorm after all: ours. After layer2, layer3,
   layer4 of a ResNet: released code; the text has "the three final residual blocks".
-- The number of epochs is fixed; the paper trains up to 100 % training accuracy (--until-fitted),
-  and takes the epoch best on validation: here `best`; the table is of the last.
+- The number of epochs is fixed; the paper trains up to 100 % training accuracy (--until-fitted).
+  As there, all but `test` in the table is of the epoch best on validation.
+- While its gate is replaced an excite layer stays as it is; in released code zero gradients let
+  weight decay move it. Eq. (6): over images as they are; released code: flipped at random.
 - Colored MNIST has 50,000 / 10,000 / 10,000 images; the paper 60,000 / 10,000, and reports what it
   selects on. d_util (iid) is on validation items that are colored as in training: ours.
 - RUBi masks by features that MMTM has mixed, of the branch with the higher u on val_iid: ours.
@@ -52,6 +54,8 @@ from common.tasks import Classification
 # isort: split
 # ---- Method ----
 
+import math
+
 import torch
 import torch.nn as nn
 from torch.nn.utils import get_total_norm
@@ -64,7 +68,9 @@ def fuse(logits):
 
 def difference(values):
     """d of Def. 4.1 and 5.1: value of modality 0 minus that of modality 1; of more than two
-    modalities the two most different (Sec. 6.4), the larger minus the smaller."""
+    modalities the two most different (Sec. 6.4), the larger minus the smaller; NaN if one is."""
+    if any(map(math.isnan, values)):
+        return math.nan
     return values[0] - values[1] if len(values) == 2 else max(values) - min(values)
 
 
@@ -127,11 +133,17 @@ class GateMeans(nn.Module):
     def __init__(self, channels, after=True):
         super().__init__()
         self.after = after
-        self.register_buffer("samples", torch.zeros((), dtype=torch.float64))
+        self.samples = 0
         self.sums = nn.ModuleList(nn.Module() for _ in channels)
         for sums, block in zip(self.sums, channels, strict=True):
             for m, c in block.items():
                 sums.register_buffer(m, torch.zeros(c, dtype=torch.float64))
+
+    def get_extra_state(self):
+        return self.samples
+
+    def set_extra_state(self, samples):
+        self.samples = samples
 
     @torch.no_grad()
     def update(self, blocks, activations):
@@ -143,7 +155,12 @@ class GateMeans(nn.Module):
         self.samples += len(next(iter(activations[0].values())))
 
     def gates(self, blocks, modality):
-        """For each block {modality: mean gate (C,)}: what a step that curates `modality` uses."""
+        """For each block {modality: mean gate (C,)}: what a step that curates `modality` uses.
+
+        ValueError before the first regular step, which there is no mean without.
+        """
+        if self.samples == 0:
+            raise ValueError("mean gates need a regular step first")
         means = [getattr(sums, modality) / self.samples for sums in self.sums]
         if not self.after:
             means = [block.gate(mean) for block, mean in zip(blocks, means, strict=True)]
@@ -155,7 +172,7 @@ class Guided:
 
     After a regular step past the warm-up, if |d_speed| is above `tolerance`, the branch that learns
     fastest from the others gets mean gates, so that it has to learn from its own modality, for
-    `window` steps; then at least one regular step follows.
+    `window` steps; then at least one regular step follows (released code).
     """
 
     def __init__(self, modalities, tolerance, window):
@@ -167,7 +184,7 @@ class Guided:
         return self.chosen if self.left else None
 
     def after_step(self, speed, warm_up):
-        """Decide on the next step; the one moment at which the device is waited for."""
+        """Decide on the next step."""
         if self.left:
             self.left -= 1
         elif not warm_up:
@@ -460,13 +477,19 @@ def add_flags(add):
     add("--until-fitted", action="store_true", help="stop at 100 %% training accuracy")
 
 
-def columns(modalities):
-    """Columns of the table: title -> where the number stands in a summary."""
+def columns(modalities, epoch="best."):
+    """Columns of the table: title -> where the number stands in a summary.
+
+    All but `test` are of the best epoch on validation, as in the paper (Sec. 5.1), or with an
+    `epoch` of "" of the last.
+    """
     found = {"test": "test.accuracy", "best": "best.test.accuracy"}
     for m in modalities:
         others = " ".join(other for other in modalities if other != m)
-        found |= {f"{m} branch": f"test.{m}.branch", f"u({others}|{m})": f"test.{m}.u"}
-    return found | {"d_util": "test.d_util", "d_util (iid)": "val_iid.d_util", "d_speed": "d_speed"}
+        found[f"{m} branch"] = f"{epoch}test.{m}.branch"
+        found[f"u({others}|{m})"] = f"{epoch}test.{m}.u"
+    found |= {"d_util": f"{epoch}test.d_util", "d_util (iid)": f"{epoch}val_iid.d_util"}
+    return found | {"d_speed": f"{epoch}d_speed"}
 
 
 def prepare(args, splits):

@@ -78,12 +78,12 @@ def phases(method, epoch, folds):
             Phase(head_set, [(0, 0, k)], {"theta", "psi"}),  # H-phase, Eq. (2): phi frozen
             Phase(embedding_set, [(0, 0, k)], {"theta", "phi"}),  # E-phase, Eq. (3): psi^k frozen
         ]
-    networks, everything = members(method, len(folds)), set(KINDS)
-    if method not in VARIANTS:
+    variant, networks, everything = variant_of(method), members(method, len(folds)), set(KINDS)
+    if variant is PLAIN:
         return [Phase(torch.cat(folds[0]).sort().values, networks, everything)]
     if method == "ensemble":  # independent networks, each on its head-specific set
         return [Phase(folds[i][0], [path], everything) for i, path in enumerate(networks)]
-    variant, path = VARIANTS[method], networks[k % len(networks)]
+    path = networks[k % len(networks)]
     head_set, embedding_set = folds[0 if variant.one_set else k]
     trained = ({"theta", "psi"}, {"theta", "phi"}) if variant.freezing else (everything, everything)
     averaged = networks if variant.averaged else [path]
@@ -110,11 +110,21 @@ VARIANTS = {
     "mmm": Variant(several=("phi",)),
 }
 PLAIN = Variant(several=())  # joint training, alone, with dropout or shake-shake
+PLAIN_METHODS = ("joint", "dropout", "shake-shake")
+
+
+def variant_of(method):
+    """How `method` differs from MHM; ValueError for one that there is not."""
+    if method in PLAIN_METHODS or method.startswith("unimodal-"):
+        return PLAIN
+    if method not in VARIANTS:
+        raise ValueError(f"there is no method {method!r}")
+    return VARIANTS[method]
 
 
 def members(method, num_folds):
     """Every network (i, j, k) that one run of `method` trains, in the order of the rounds."""
-    several = VARIANTS.get(method, PLAIN).several
+    several = variant_of(method).several
     count = num_folds if several else 1
     return [tuple(n if kind in several else 0 for kind in KINDS) for n in range(count)]
 
@@ -132,7 +142,7 @@ def deploy(method, scores, epoch):
     that one head is selected. scores: of each member on validation, None without such data.
     """
     count, last = len(scores), epoch % len(scores)
-    if VARIANTS.get(method, PLAIN).averaged:
+    if variant_of(method).averaged:
         return list(range(count))
     if last < count - 1 or None in scores:
         return [last]

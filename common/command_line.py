@@ -8,17 +8,21 @@ goes through the configurations and trains.
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+import torch
 
 from .datasets import DATASETS, load_dataset
 from .device import pick_device
 from .errors import UserError
 from .flags import number
 from .networks.encoders import encoder_options
-from .tables import format_text, made_up, tabulate
+from .run import run_name
+from .tables import describe, format_text, made_up, tabulate
 
 
 class Script(NamedTuple):
@@ -31,6 +35,7 @@ class Script(NamedTuple):
     fusions:  the first is the default.
     recipes:  dataset -> flag -> default; a function of the flags gives one that depends on others.
     unfused:  the methods that have no fusion.
+    legend:   a sentence on the columns of the table, printed below it.
     needs:    method -> the methods whose runs it starts from, or a function of the flags.
     prepare:  (flags, splits) -> splits, where a flag of the script changes the data.
     """
@@ -46,6 +51,7 @@ class Script(NamedTuple):
     needs: dict = {}  # noqa: RUF012
     prepare: Callable = lambda args, splits: splits
     dataset: str = "digits"
+    legend: str = ""
 
 
 # ---- Flags ----
@@ -99,6 +105,8 @@ def build_parser(script, dataset):
     add(
         "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda or cpu"
     )
+    threads = "of the CPU; default: 1 where networks are small, as more get in each other's way"
+    add("--threads", type=number(int, 1), metavar="N", help=threads)
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="%(default)s")
     add(
         "--num-workers",
@@ -209,6 +217,9 @@ class Command:
         )
         args.seeds = list(dict.fromkeys(args.seeds))  # a seed named twice is still one run
         args.device = pick_device(args.device)
+        large = "pretrained" in encoder_options(args.dataset)
+        if args.threads or not large:
+            torch.set_num_threads(args.threads or 1)
         args.pretrained = getattr(args, "pretrained", False)
         dataset = DATASETS[args.dataset]
         args.data = dataset.identify(args.data_root) if dataset.identify else None
@@ -304,7 +315,7 @@ class Command:
         return config
 
     def report(self, summaries, columns, digits=None):
-        """Print a row for each method named, and where the runs are.
+        """Print a row for each method named, what they say, and where the runs and a picture are.
 
         columns: title -> where the number stands in a summary; digits: title -> decimals.
         Returns {"runs": summaries, "table": rows}, or the only summary.
@@ -314,7 +325,16 @@ class Command:
         table = tabulate(runs, columns, digits)
         print(f"\n{args.dataset}{made_up(args.data)}, test split", end="")
         print(", percent; best: at the best validation epoch\n")
-        print(f"{format_text(table)}\n\nRuns: {Path(args.out) / self.script.name / args.dataset}")
+        print(f"{format_text(table)}\n")
+        text = " ".join([*describe(runs, self.script.methods), self.script.legend])
+        print("\n".join([*textwrap.wrap(text, 100), ""]))
+        folder = Path(args.out) / self.script.name / args.dataset
+        print(f"Runs: {folder}")
+        configs = [self.config(run["method"], run["seed"]) for run in runs]
+        names = [run_name(config.arguments, config.defaults) for config in configs]
+        pictures = [folder / name / "curves.png" for name in names]
+        for picture in [path for path in pictures if path.exists()][-1:]:
+            print(f"One of them by epoch: {picture}")
         return runs[0] if len(runs) == 1 else {"runs": runs, "table": table}
 
 

@@ -43,6 +43,26 @@ def tabulate(runs, columns, digits=None, by=("method", "fusion")):
     return rows
 
 
+def describe(runs, methods):
+    """What the test accuracies of `runs` say, as sentences: joint training beside the best modality
+    alone, and beside it the first other one of `methods` that is there. Means over seeds."""
+    rows = tabulate(runs, {"test": "test.accuracy"}, by=("method",))
+    means = {row["method"]: row["test"]["mean"] for row in rows if row["test"]}
+
+    def compare(method, other):
+        points = round(means[method] - means[other], 1)
+        return f"{abs(points)} points {'worse' if points < 0 else 'better'} than"
+
+    alone = [method for method in means if method.startswith("unimodal-")]
+    others = [method for method in methods if method in means and method != "joint"]
+    if "joint" in means and len(alone) > 1:
+        best = max(alone, key=means.get)
+        name = best.removeprefix("unimodal-")
+        yield f"Joint training is {compare('joint', best)} {name} alone, which it sees as well."
+    if "joint" in means and others:
+        yield f"{others[0]} is {compare(others[0], 'joint')} joint training."
+
+
 def cell(value):
     """A table cell: `61.2 ± 0.8`, without the spread for a single run, or `-`.
 

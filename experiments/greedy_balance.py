@@ -85,24 +85,27 @@ def sensitivity(experiment):
 
 def make_trends(experiment, parts, shown, fields):
     """A grid whose figure has the columns `shown` against each of the fields."""
-    grid = make_grid(experiment, parts, fields=fields)
+    grid, names = make_grid(experiment, parts, fields=fields), {x.strip("|") for x in shown}
     return grid._replace(
-        columns={title: grid.columns[title] for title in (x.strip("|") for x in shown)},
+        columns={t: x for t, x in grid.columns.items() if t.removesuffix(" (last)") in names},
         shown=shown,
         figure=lambda title, rows, runs: draw_trends(title, rows, fields),
     )
 
 
 def make_grid(experiment, parts, figure=draw_tests, **options):
-    """A grid with the columns of the script, magnitudes of d_util and d_speed, and sparsity."""
+    """A grid with the columns of the script, magnitudes of d_util and d_speed, and sparsity; in
+    rows.csv also those of the last epoch."""
     columns = greedy_balance.columns(experiment.modalities)
+    last = greedy_balance.columns(experiment.modalities, epoch="")
+    last = {f"{title} (last)": path for title, path in last.items() if path != columns[title]}
     shown = [*columns, "|d_util|", "|d_speed|", "sparsity"]
     args = experiment.args
     twice = f", {args.duplicate} twice" if args.duplicate else ""
     return Grid(
         title=f"{experiment.name} on {args.dataset}{twice}",
         parts=parts,
-        columns=columns | {"sparsity": "sparsity"},
+        columns=columns | {"sparsity": "sparsity"} | last,
         shown=shown,
         digits={x: 3 for x in shown if x.startswith(("u(", "d_", "|d_", "sparsity"))},
         pairs=[("random", "joint"), ("guided", "joint"), ("guided", "random")],

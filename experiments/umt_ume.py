@@ -24,7 +24,7 @@ from .grid import Experiment, Grid, paired_differences
 
 RIVALS = ("aux-ce", "g-blending", "ogm-ge", "modality-dropout")  # of baselines.py
 METHODS = ("unimodal", "ume", "ume-logits", "linear", "joint", "umt", "auto")
-WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the distillation, to choose from
+WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of the distillation, to choose from
 DIAL = [  # in the configuration Q, without paired features first
     {"configuration": "Q", "pair_size": size, "pair_only": share}
     for share, size in [(0.0, 0.0), (0.05, 5.0), (0.1, 5.0), (0.2, 5.0), (0.4, 5.0)]

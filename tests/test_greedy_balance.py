@@ -519,10 +519,11 @@ PAIRED = [("random", "joint"), ("guided", "joint"), ("guided", "random")]
 KNOBS = ("method", "seed", "lr", "l1", "tolerance", "window")
 PATHS = {  # of the numbers in a summary
     **{"test": "test.accuracy", "best": "best.test.accuracy"},
-    **{"first branch": "test.first.branch", "u(second|first)": "test.first.u"},
-    **{"second branch": "test.second.branch", "u(first|second)": "test.second.u"},
-    **{"d_util": "test.d_util", "d_util (iid)": "val_iid.d_util", "d_speed": "d_speed"},
-    **{"|d_util|": "|test.d_util|", "|d_speed|": "|d_speed|", "sparsity": "sparsity"},
+    **{"first branch": "best.test.first.branch", "u(second|first)": "best.test.first.u"},
+    **{"second branch": "best.test.second.branch", "u(first|second)": "best.test.second.u"},
+    **{"d_util": "best.test.d_util", "d_util (iid)": "best.val_iid.d_util"},
+    **{"d_speed": "best.d_speed", "|d_util|": "|best.test.d_util|"},
+    **{"|d_speed|": "|best.d_speed|", "sparsity": "sparsity"},
 }
 L1, SENSITIVITY = ["sparsity", "|d_util|", "|d_speed|", "test"], ["test", "d_util", "d_speed"]
 POOLED = [*PATHS, "r(d_speed, d_util)", "r(d_speed, d_util iid)"]
@@ -534,12 +535,14 @@ def made_up(settings):
     for seed, method in product(settings["seeds"], settings["method"]):
         run = {**settings, "method": method, "seed": seed, "fusion": "mmtm"}
         draw = random.Random(str([run.get(knob) for knob in KNOBS])).random
-        run |= {"d_speed": draw() - 0.5, "sparsity": draw(), "val_iid": {"d_util": draw()}}
-        run["best"] = {"test": {"accuracy": draw()}}
-        run["test"] = {m: {"branch": draw(), "u": draw()} for m in modalities}
-        run["test"] |= {"accuracy": draw(), "d_util": draw() - 0.5}
-        if method.startswith("unimodal-"):
-            run |= {"fusion": None, "test": {"accuracy": draw()}, "val_iid": {}, "d_speed": None}
+        run["sparsity"] = draw()
+        for epoch in (run, run.setdefault("best", {})):
+            epoch |= {"d_speed": draw() - 0.5, "val_iid": {"d_util": draw()}}
+            epoch["test"] = {m: {"branch": draw(), "u": draw()} for m in modalities}
+            epoch["test"] |= {"accuracy": draw(), "d_util": draw() - 0.5}
+            if method.startswith("unimodal-"):
+                epoch |= {"test": {"accuracy": draw()}, "val_iid": {}, "d_speed": None}
+                run["fusion"] = None
         runs.append(run)
     return {"runs": runs}
 
@@ -583,6 +586,11 @@ def test_experiments_tabulate_their_runs(experiment, tmp_path, words, methods, t
     written = read(folder / "table.json")
     assert written == {k: v for k, v in record.items() if k not in ("runs", "results")}
     assert grid.read_rows(folder / "rows.csv") == record["runs"]
+    for title in {x.strip("|") for x in PATHS.keys() & record["rows"][0].keys()} - {"test", "best"}:
+        path = PATHS[title].removeprefix("best.")  # of the last epoch, in rows.csv alone
+        if path != PATHS[title]:
+            found = [row[f"{title} (last)"] for row in record["runs"]]
+            assert found == [lookup(run, path) for run in runs]
     assert len(record["runs"]) == len(runs) and written["arguments"]["method"] == methods
     assert list(dict.fromkeys(row["method"] for row in record["rows"])) == methods
 
@@ -601,8 +609,8 @@ def test_experiments_tabulate_their_runs(experiment, tmp_path, words, methods, t
             found = None if None in values else spread(values, decimals if decimals > 1 else None)
             assert row[title] == found
         for title in POOLED[-2:] if titles is POOLED and row["fusion"] else ():
-            other = "val_iid.d_util" if "iid" in title else "test.d_util"
-            columns = ([lookup(run, path) for run in own] for path in ("d_speed", other))
+            other = "best.val_iid.d_util" if "iid" in title else "best.test.d_util"
+            columns = ([lookup(run, path) for run in own] for path in ("best.d_speed", other))
             assert row[title] == pytest.approx(statistics.correlation(*columns), abs=0.005)
     compared = dict.fromkeys((row["method"], row["reference"]) for row in record["paired"])
     assert list(compared) == [pair for pair in PAIRED if set(pair) <= set(methods)]

@@ -29,7 +29,7 @@ MAPS = {
 }
 CONFIG = {
     **{"method": "guided", "modalities": PAIR, "num_classes": 3, "tolerance": 0.1, "window": 5},
-    **{"gate_mean": "after", "biased": None, "l1": 0.0, "until_fitted": False},
+    **{"gate_mean": "after", "biased": None, "l1": 0.0, "until_fitted": False, "seed": 0},
     **{"optimizer": "sgd", "lr": 0.3, "momentum": 0.9, "weight_decay": 0.1},
     **{"device": torch.device("cpu"), "precision": "fp32"},
 }
@@ -271,6 +271,10 @@ def test_utilization_and_difference_by_hand():
     assert greedy.utilization(0.0, 10.0) == 0  # nothing to divide by
     assert greedy.difference([0.25, 0.75]) == -greedy.difference([0.75, 0.25]) == -0.5
     assert greedy.difference([0.5, -0.25, 1.0]) == greedy.difference([1.0, 0.5, -0.25]) == 1.25
+    for place in range(3):  # max and min would pass over it
+        values = [0.5, -0.25, 1.0]
+        values[place] = math.nan
+        assert math.isnan(greedy.difference(values))
 
 
 def percent_right(logits, labels):
@@ -427,6 +431,8 @@ def test_gate_means_under_bf16_lose_nothing(after):
     """Activations come in bfloat16; a mean rounded to it after every step would drift."""
     block = MMTM({"a": 2})
     means = greedy.GateMeans([{"a": 2}], after=after)
+    with pytest.raises(ValueError, match="mean gates need a regular step first"):
+        means.gates([block], "a")
     activations = [torch.randn(100, 2).add(2).bfloat16() for _ in range(3)]
     for w in activations:
         means.update([block], [{"a": w}])
@@ -475,6 +481,8 @@ def test_a_regular_step_waits_for_the_device_once_and_others_never(monkeypatch):
         (TRIPLE, (0.0, 0.5, 0.25), "color"),
         (TRIPLE, (0.5, 0.25, 0.0), "gray"),
         (TRIPLE, (0.25, 0.0, 0.5), "depth"),
+        (TRIPLE, (0.0, 0.5, math.nan), None),
+        (TRIPLE, (math.nan, 0.0, 0.5), None),
     ],
 )
 def test_tolerance_and_nan(modalities, s, curated):

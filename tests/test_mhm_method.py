@@ -83,6 +83,9 @@ def sample_sets(order):
 
 def test_every_method_is_planned_here():
     assert {*PLAN} - {*PLAIN} == {*mhm.VARIANTS}
+    for call in (lambda: mhm.phases("mmh", 0, []), lambda: mhm.deploy("mmh", [1, 2], 0)):
+        with pytest.raises(ValueError, match="there is no method 'mmh'"):
+            call()
 
 
 def test_the_deployed_members():

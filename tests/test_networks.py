@@ -199,10 +199,11 @@ def test_networks_of_one_seed_start_equal_and_others_do_not(digits):
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     assert all(torch.equal(x, film[name]) for name, x in first.encoders.state_dict().items())
-    gray = first.encoders["gray"].state_dict()
-    assert all(
-        torch.equal(x, gray[name]) for name, x in alone.encoders["gray"].state_dict().items()
-    )
+    swapped = build_model(config_of(modalities=("color", "gray")), digits)
+    for m, stranger in (("gray", alone), ("gray", swapped), ("color", swapped)):
+        weight = first.encoders[m].stages[1][0].weight  # never as in another network
+        assert not torch.equal(weight, stranger.encoders[m].stages[1][0].weight)
+    assert not torch.equal(weight, first.encoders["gray"].stages[1][0].weight)
     assert not torch.equal(other.fusion.linear.weight, first.fusion.linear.weight)
     assert type(alone.fusion) is FUSIONS["sum"] and alone.fusion.heads["gray"].out_features == 10
 

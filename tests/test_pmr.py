@@ -223,6 +223,18 @@ def test_training_never_reads_the_test_split(run, monkeypatch):
     assert reads == [3, 3, 3]  # by the best network, by the last, and by the probes
 
 
+def slow_statistics(encoder, x):
+    """Features (N, D) with every BatchNorm by mean and unbiased variance of what comes to it."""
+    maps = x
+    for stage in encoder.stages:
+        for layer in stage:
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                variance, mean = torch.var_mean(maps, dim=(0, 2, 3), keepdim=True)
+                layer = lambda z, v=variance, c=mean: (z - c) / (v + 1e-5).sqrt()  # noqa: E731
+            maps = layer(maps)
+    return encoder.pool(maps).detach()
+
+
 def slow_algorithm_1(model, splits, config):
     """Algorithm 1 with the slow equations and SGD by hand; returns rho by epoch, and centers."""
     count = len(splits.train)
@@ -231,12 +243,14 @@ def slow_algorithm_1(model, splits, config):
     subset = torch.randperm(count, generator=make_generator(config.seed, "subset"))[:size]
     weights, epsilon = list(model.parameters()), config.momentum_epsilon
     velocity = [torch.zeros_like(w) for w in weights]
+    statistics = {m: slow_statistics(model.encoders[m], inputs[m][subset]) for m in inputs}
     centers, ratios = {m: {} for m in splits.modalities}, []
     for epoch in range(config.epochs):
         generator = seed_phase(config.seed, "train", epoch)
         model.eval()
         with torch.no_grad():
             _, features = model({m: x[subset] for m, x in inputs.items()})
+        features = features if epoch else statistics
         for m, old in centers.items():  # Eq. (6) and (12)
             for k in labels[subset].unique().tolist():
                 new = features[m][labels[subset] == k].mean(dim=0)
