@@ -37,12 +37,13 @@ from common.errors import UserError
 from common.evaluation import Totals, arrays, collect, count_correct, probe_encoders
 from common.flags import number
 from common.metrics import accuracy, count_parameters
-from common.networks.encoders import build_encoder, initialize
+from common.networks.encoders import initialize
 from common.networks.fusion import FUSIONS
+from common.networks.multimodal import build_encoders, seed_module
 from common.networks.shake_shake import ShakeShake
 from common.optimizer import build_optimizer
 from common.run import Run
-from common.seeding import make_generator, seed_phase
+from common.seeding import make_generator
 from common.tasks import Classification
 
 # isort: split
@@ -71,14 +72,14 @@ def phases(method, epoch, folds):
 
     folds: K pairs (H^k, E^k) of positions: all folds but the k-th, and the k-th.
     """
-    k = epoch % len(folds)
+    variant, k = variant_of(method), epoch % len(folds)
     if method == "mhm":
         head_set, embedding_set = folds[k]
         return [
             Phase(head_set, [(0, 0, k)], {"theta", "psi"}),  # H-phase, Eq. (2): phi frozen
             Phase(embedding_set, [(0, 0, k)], {"theta", "phi"}),  # E-phase, Eq. (3): psi^k frozen
         ]
-    variant, networks, everything = variant_of(method), members(method, len(folds)), set(KINDS)
+    networks, everything = members(method, len(folds)), set(KINDS)
     if variant is PLAIN:
         return [Phase(torch.cat(folds[0]).sort().values, networks, everything)]
     if method == "ensemble":  # independent networks, each on its head-specific set
@@ -239,21 +240,17 @@ class OnlyModality(nn.Module):
         return z
 
 
-def build_encoders(config, splits):
-    shapes = {m: splits.shapes[m] for m in config.modalities}
-    pretrained = config.pretrained
-    return {m: build_encoder(config.dataset, s, pretrained=pretrained) for m, s in shapes.items()}
-
-
-def build_phi(config, dims):
+def build_phi(config, dims, number):
     """The multi-modal embedding of features, modality -> (B, dims[modality])."""
+    seed_module(config, f"phi-{number}")
     if len(dims) == 1:
         return OnlyModality()
     return nn.Sequential(FUSIONS[config.fusion](dims, EMBEDDING_DIM), nn.ReLU())
 
 
-def build_psi(config, width):
+def build_psi(config, width, number):
     """A head: one linear layer on an embedding (B, width), with dropout, or several branches."""
+    seed_module(config, f"psi-{number}")
     branches = config.branches if config.method == "shake-shake" else 1
     heads = nn.ModuleList(nn.Linear(width, config.num_classes) for _ in range(branches))
     heads.apply(initialize)
@@ -265,19 +262,14 @@ def build_psi(config, width):
 
 
 def build_model(config, splits):
-    """As many copies of each module as the method has, initialised from the run's seed.
-
-    Drawn in the order theta, phi, psi, so methods with a single theta and phi start from the same
-    theta, phi and first head.
-    """
-    seed_phase(config.seed, "initialisation")
+    """As many copies of each module as the method has, each with a start of its own."""
     networks = members(config.method, config.heads)
     thetas, phis, psis = (len(set(numbers)) for numbers in zip(*networks, strict=True))
-    theta = [UnimodalEmbeddings(build_encoders(config, splits)) for _ in range(thetas)]
+    theta = [UnimodalEmbeddings(build_encoders(config, splits, n)) for n in range(thetas)]
     dims = {m: encoder.dim for m, encoder in theta[0].items()}
     width = EMBEDDING_DIM if len(dims) > 1 else dims[config.modalities[0]]
-    phi = [build_phi(config, dims) for _ in range(phis)]
-    psi = [build_psi(config, width) for _ in range(psis)]
+    phi = [build_phi(config, dims, n) for n in range(phis)]
+    psi = [build_psi(config, width, n) for n in range(psis)]
     return ModularNet(theta, phi, psi).to(config.device, memory_format=torch.channels_last)
 
 

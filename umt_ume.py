@@ -16,8 +16,8 @@ evidence in auto-<fusion>[-<knob>=<value>]/decision.json. See docs/umt_ume.md.
 Differs from the paper (read up to the beginning of Sec. 3; no code of its authors was found):
 - UMT's distance: mean squared error of the features before fusion, as in three public
   re-implementations. Its weight: 10 as in one of them, or chosen on validation, see RECIPES.
-- A student's encoder starts from weights of its own, never where its teacher started; with
-  --shared-start it does, which decides the result on digits, see docs/umt_ume.md: ours.
+- A student starts from weights of its own, never where its teachers did; where it may share their
+  start (a flag), that decides the result on digits, see docs/umt_ume.md: ours.
 - Teachers: last epoch, frozen, in evaluation mode, on the augmented batch of the student: ours.
 - UME's average could not be read: `ume` averages probabilities, `ume-logits` logits, of the last
   epoch, all weights equal: ours.

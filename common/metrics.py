@@ -28,12 +28,12 @@ def linear_probe(features, labels, num_classes):
     log-probabilities (N, C).
     """
     mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
-    deviation = torch.where(deviation > 0, deviation, 1.0)
+    deviation = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)  # x = 0
     x = (features - mean) / deviation
-    variances, axes = torch.linalg.eigh(x.T @ x / len(x))
+    variances, axes = torch.linalg.eigh((x.T @ x / len(x)).double())  # float32 may not converge
     keep = variances > 1e-6 * variances[-1]
-    scale = (variances[keep] + 0.1).sqrt()
-    axes = axes[:, keep] / scale
+    scale = (variances[keep] + 0.1).sqrt().to(x)
+    axes = axes[:, keep].to(x) / scale
     x = x @ axes
     weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)

@@ -24,6 +24,7 @@ from common import command_line, device, optimizer, progress
 from common.command_line import Command, Script, run_command
 from common.datasets import DATASETS
 from common.errors import UserError
+from common.tables import describe
 
 SCRIPTS = (pmr, greedy_balance, umt_ume, mhm, baselines)
 NAMES = [script.__name__ for script in SCRIPTS]
@@ -176,6 +177,7 @@ def test_methods_by_default_and_the_runs_that_they_start_from(no_data):
 def test_report_prints_a_row_for_each_method_named(no_data, capsys):
     command = Command(OWN, ["--method", "b", "--dataset", "features", "--out", "there"])
     runs = [{"method": "b", "fusion": "sum", "test": {"x": value}} for value in (1.0, 3.0)]
+    runs = [{**run, "seed": seed} for seed, run in enumerate(runs)]
     needed = {"method": "unimodal-first", "fusion": None, "test": {"x": 9.0}}
     result = command.report([needed, *runs], {"test x": "test.x", "other": "y"}, {"test x": 2})
     assert result["runs"] == runs and len(result["table"]) == 1
@@ -183,8 +185,37 @@ def test_report_prints_a_row_for_each_method_named(no_data, capsys):
     page = capsys.readouterr().out
     assert "features, MADE-UP DATA: the numbers mean nothing, test split, percent" in page
     assert re.search(r"^b +sum +2\.00 ± 1\.41 +-$", page, re.MULTILINE)
-    assert page.endswith("\n\nRuns: there/own/features\n")
+    assert page.endswith("\n\nRuns: there/own/features\n")  # and no picture, as there is none
     assert command.report([needed, runs[0]], {"test x": "test.x"}) == runs[0]
+
+
+def test_what_a_table_says_in_words():
+    def runs(**accuracies):
+        found = {m.replace("_", "-"): values for m, values in accuracies.items()}
+        return [{"method": m, "test": {"accuracy": x}} for m, xs in found.items() for x in xs]
+
+    methods = ("own", "joint", "other", "unimodal")
+    alone = {"unimodal_gray": [90.0, 92.0], "unimodal_color": [30.0]}
+    assert list(describe(runs(**alone, joint=[40.0, 41.0], other=[42.0], own=[50.0]), methods)) == [
+        "Joint training is 50.5 points worse than gray alone, which it sees as well.",
+        "own is 9.5 points better than joint training.",
+    ]
+    (only,) = describe(runs(joint=[40.0], other=[39.0]), methods)
+    assert only == "other is 1.0 points worse than joint training."
+    assert not list(describe(runs(**alone, own=[40.0]), methods))
+
+
+@pytest.mark.parametrize(
+    ("words", "threads"),
+    [("", 1), ("--threads 2", 2), ("--dataset cg-mnist", 1), ("--dataset ave --threads 1", 1)],
+)
+def test_small_networks_get_one_thread_unless_told(no_data, monkeypatch, words, threads):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    Command(OWN, words.split())
+    assert given == [threads]
+    Command(OWN, ["--dataset", "ave"])  # torch's own number
+    assert given == [threads]
 
 
 # ---- Refusals ----
@@ -330,18 +361,20 @@ def test_training_follows_schedule_and_momentum_quietly(tmp_path, capsys, script
 @pytest.mark.parametrize(
     ("seconds", "steps", "first_epoch", "said"),
     [
-        (3, 100, 0, "own-seed0: about 50 min"),
-        (3, 100, 8, "own-seed0: about 10 min"),  # resumed: what is left
-        (0.05, 100, 0, ""),  # under a minute
-        (100, 2, 0, ""),  # too few steps to know
+        (3, 100, 0, ["own-seed0: about 50 min", 250]),
+        (3, 100, 8, ["own-seed0: about 10 min", 50]),  # resumed: what is left
+        (0.05, 100, 0, [4]),  # under a minute
+        (100, 2, 0, [20]),  # too few steps to know
     ],
 )
 def test_a_long_run_says_once_how_long_it_takes(
     monkeypatch, capsys, seconds, steps, first_epoch, said
 ):
-    """Ten epochs, by a clock that each step moves on."""
+    """Ten epochs, by a clock that each step moves on; in a file a line says every ten seconds how
+    far it is. said: the lines, or the number of those."""
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress.Progress, "last_line", 0.0)
 
     def batches():
         for step in range(steps):
@@ -353,7 +386,12 @@ def test_a_long_run_says_once_how_long_it_takes(
         assert list(bar(batches())) == list(range(steps))
     bar.close()
     captured = capsys.readouterr()
-    assert (captured.err.strip(), captured.out) == (said, "")
+    lines = captured.err.splitlines()
+    places = [line for line in lines if "about" not in line]
+    assert [x for x in lines if x not in places] + [len(places)] == said and captured.out == ""
+    done = 10 * len(places) / seconds if seconds < 10 else len(places) - 1
+    place = re.fullmatch(r"own-seed0: epoch (\d+) of 10, step (\d+)", places[-1])
+    assert int(place[1]) == pytest.approx(first_epoch + 1 + done // steps, abs=1)
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):

@@ -83,7 +83,7 @@ def sample_sets(order):
 
 def test_every_method_is_planned_here():
     assert {*PLAN} - {*PLAIN} == {*mhm.VARIANTS}
-    for call in (lambda: mhm.phases("mmh", 0, []), lambda: mhm.deploy("mmh", [1, 2], 0)):
+    for call in (lambda: mhm.phases("mmh", 0, [None]), lambda: mhm.deploy("mmh", [1, 2], 0)):
         with pytest.raises(ValueError, match="there is no method 'mmh'"):
             call()
 

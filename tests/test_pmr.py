@@ -1,5 +1,6 @@
 """pmr.py from its command line: every option, Algorithm 1, what a run reports, and Table 1."""
 
+import copy
 import functools
 import json
 import math
@@ -224,14 +225,19 @@ def test_training_never_reads_the_test_split(run, monkeypatch):
 
 
 def slow_statistics(encoder, x):
-    """Features (N, D) with every BatchNorm by mean and unbiased variance of what comes to it."""
-    maps = x
-    for stage in encoder.stages:
-        for layer in stage:
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                variance, mean = torch.var_mean(maps, dim=(0, 2, 3), keepdim=True)
-                layer = lambda z, v=variance, c=mean: (z - c) / (v + 1e-5).sqrt()  # noqa: E731
-            maps = layer(maps)
+    """Features (N, D) with every BatchNorm by mean and unbiased variance of what comes to it in
+    training, where the BatchNorms before it divide by the biased one."""
+    maps = seen = x
+    for layer in (layer for stage in encoder.stages for layer in stage):
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            variance, mean = torch.var_mean(seen, dim=(0, 2, 3), keepdim=True)
+            maps, biased = (
+                (maps - mean) / (variance + 1e-5).sqrt(),
+                seen.var((0, 2, 3), False, keepdim=True),
+            )
+            seen = (seen - mean) / (biased + 1e-5).sqrt()
+        else:
+            maps, seen = layer(maps), layer(seen)
     return encoder.pool(maps).detach()
 
 
@@ -295,12 +301,38 @@ def test_a_whole_run_equals_a_slow_algorithm_1(run, tmp_path):
         torch.testing.assert_close(saved[name], weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["pmr", "joint"])
+def test_the_subset_is_encoded_once_an_epoch(run, monkeypatch, method):
+    """Once more before the first one, and by the two networks that are tested."""
+    seen, predict = [], pmr.predict
+    monkeypatch.setattr(pmr, "predict", lambda *a: seen.append(len(a[1])) or predict(*a))
+    run("--method", method, "--train-samples", "200", "--epochs", "3", "--subset-fraction", "0.07")
+    assert seen.count(14) == 1 + 3 + 2
+
+
+def test_first_prototypes_lie_where_training_puts_the_features():
+    """At the BatchNorms' starting statistics the gray ones lie within a thirtieth of that."""
+    model, splits, config = prepare("--train-samples", "600")
+    before = copy.deepcopy(model.state_dict())
+    subset = pmr.draw_subset(splits.train, config)
+    settled = pmr.subset_means(pmr.settled(model, subset, config), subset, config)
+    assert equal(before, model.state_dict()) and model.training
+    with torch.no_grad():
+        _, features = model(next(subset.batches(100))[0])
+    for m, (means, present) in settled.items():
+        labels = next(subset.batches(100))[1]
+        expected = pmr.class_means(features[m], labels, 10)[0][present]
+        assert (means[present] - expected).norm() < 0.1 * expected.norm()
+        raw = pmr.subset_means(model, subset, config)[m][0][present]
+        assert (raw - expected).norm() > 0.3 * expected.norm()
+
+
 # ---- What a run reports and leaves behind ----
 
 
 def test_summary_is_of_the_last_epoch_and_best_of_the_best(run, tmp_path):
     """The two networks are read out as their checkpoints are, by the right modality."""
-    argv = ["--train-samples", "200", "--epochs", "5", "--lr", "0.05"]
+    argv = ["--train-samples", "200", "--epochs", "5", "--lr", "0.2"]
     summary = run(*argv, "--method", "pmr")
     folder = folder_of(tmp_path, summary)
     history = history_of(folder)

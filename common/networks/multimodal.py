@@ -33,12 +33,15 @@ def seed_module(config, name):
     seed_phase(config.seed, "initialisation", *config.modalities, name)
 
 
-def build_encoders(config, splits, **options):
-    """The encoders of `config.modalities`, in order; options: see `encoders.build_encoder`."""
+def build_encoders(config, splits, copy=0, **options):
+    """The encoders of `config.modalities`, in order; options: see `encoders.build_encoder`.
+
+    copy: its number, where a network has several of them with starts of their own.
+    """
     options["pretrained"] = config.pretrained
     encoders = {}
     for m in config.modalities:
-        seed_module(config, m)
+        seed_module(config, f"{m}-{copy}" if copy else m)
         encoders[m] = build_encoder(config.dataset, splits.shapes[m], **options)
     return encoders
 
