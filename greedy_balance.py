@@ -14,20 +14,20 @@ runs/greedy_balance/<dataset>/<method>-mmtm[-<knob>=<value>]-seed<k>/. See docs/
 
 Differs from the paper:
 - Modality 0 is the dataset's first (gray). The paper counts the color first: d has the other sign.
-- d_util may leave [-1, 1]: a branch may be better when cut off.
-- Def. 5.1: norms squared, theta before the step, log10, sums over all regular steps: released code.
+- d_util may leave [-1, 1]: a branch may be better when cut off. Def. 5.1: norms squared, theta
+  before the step, log10, sums over all regular steps: released code.
 - Eq. (13), (14): means of the gates, as in the released code; the text rather reads as gates of the
   mean activations (--gate-mean before). Released code: each batch weighs the same, re-balancing,
   validation and test batches are in the means, and modality 1 gets those of modality 0.
 - A window begins one step after its check, and a regular step parts two windows: released code.
-- Validation and test: a regular pass. Released code: as the last training step left it.
-- Of more than two modalities the one with the largest s is curated: ours.
+- Validation and test: a regular pass (released code: as the last training step left it). Of more
+  than two modalities the one with the largest s is curated: ours.
 - MMTM after the last three of four convolutions, BatchNorm after all: ours. After layer2, layer3,
   layer4 of a ResNet: released code; the text has "the three final residual blocks".
 - The number of epochs is fixed; the paper trains up to 100 % training accuracy (--until-fitted).
   As there, all but `test` in the table is of the epoch best on validation.
-- While its gate is replaced an excite layer stays as it is; in released code zero gradients let
-  weight decay move it. Eq. (6): over images as they are; released code: flipped at random.
+- A replaced excite layer stays still; by zero gradients momentum would move it: ours. Eq. (6) is
+  over images as they are; released code: flipped at random.
 - Colored MNIST has 50,000 / 10,000 / 10,000 images; the paper 60,000 / 10,000, and reports what it
   selects on. d_util (iid) is on validation items that are colored as in training: ours.
 - RUBi masks by features that MMTM has mixed, of the branch with the higher u on val_iid: ours.
@@ -69,26 +69,23 @@ def fuse(logits):
 def difference(values):
     """d of Def. 4.1 and 5.1: value of modality 0 minus that of modality 1; of more than two
     modalities the two most different (Sec. 6.4), the larger minus the smaller; NaN if one is."""
-    if any(map(math.isnan, values)):
-        return math.nan
-    return values[0] - values[1] if len(values) == 2 else max(values) - min(values)
+    if len(values) == 2:
+        return values[0] - values[1]
+    return math.nan if any(map(math.isnan, values)) else max(values) - min(values)
 
 
 def utilization(accuracy, accuracy_cut):
     """Conditional utilization rate, Eq. (9) and (10): (A(f_k) - A(f_k')) / A(f_k).
 
     What the other modalities add to the accuracy of branch k, relative to it: for branch 0 of two
-    this is u(m1 | m0). Negative where the branch is better without them, so not bounded by -1.
-    """
+    this is u(m1 | m0). Negative where the branch is better without them, so not bounded by -1."""
     return (accuracy - accuracy_cut) / accuracy if accuracy > 0 else 0.0
 
 
 def cut_off(block, maps, means):
     """Eq. (7): every branch goes through `block` with its own squeezed features h and the means of
     the others over the training data (Eq. 6), modality -> (C,); only its own gate is kept.
-
-    block: (maps, squeezed) -> gated maps first; maps: modality -> (B, C, *space).
-    """
+    block: (maps, squeezed) -> gated maps first; maps: modality -> (B, C, *space)."""
     others = {m: {k: mean for k, mean in means.items() if k != m} for m in maps}
     return {m: block(maps, squeezed=others[m])[0][m] for m in maps}
 
@@ -104,8 +101,7 @@ class LearningSpeed(nn.Module):
     """Conditional learning speed s of every modality's branch, Eq. (11) and (12).
 
     own, cross: sums over regular steps of mu(theta_k) and mu(theta_k'): parameters of the branch,
-    and of the fusion blocks that feed it (shared squeeze layers and its own excite layers).
-    """
+    and of the fusion blocks that feed it (shared squeeze layers and its own excite layers)."""
 
     def __init__(self, num_modalities):
         super().__init__()
@@ -127,8 +123,7 @@ class GateMeans(nn.Module):
     """Mean gates over all samples of the regular training steps so far, for Eq. (13) and (14).
 
     channels: for each fusion block, modality -> C. `block.gate` makes gates of activations w.
-    after:    the mean of the gates; else the gate of the mean activation, another reading.
-    """
+    after:    the mean of the gates; else the gate of the mean activation, another reading."""
 
     def __init__(self, channels, after=True):
         super().__init__()
@@ -156,9 +151,7 @@ class GateMeans(nn.Module):
 
     def gates(self, blocks, modality):
         """For each block {modality: mean gate (C,)}: what a step that curates `modality` uses.
-
-        ValueError before the first regular step, which there is no mean without.
-        """
+        ValueError before the first regular step."""
         if self.samples == 0:
             raise ValueError("mean gates need a regular step first")
         means = [getattr(sums, modality) / self.samples for sums in self.sums]
@@ -170,10 +163,9 @@ class GateMeans(nn.Module):
 class Guided:
     """Algorithm 1: which modality the next step curates (accelerates), None in a regular step.
 
-    After a regular step past the warm-up, if |d_speed| is above `tolerance`, the branch that learns
-    fastest from the others gets mean gates, so that it has to learn from its own modality, for
-    `window` steps; then at least one regular step follows (released code).
-    """
+    Past the warm-up, after a regular step with |d_speed| above `tolerance`, the branch that learns
+    fastest from the others gets mean gates for `window` steps, so that it has to learn from its own
+    modality; at least one regular step follows (released code)."""
 
     def __init__(self, modalities, tolerance, window):
         self.modalities, self.tolerance, self.window = modalities, tolerance, window
@@ -212,8 +204,7 @@ class Random(Guided):
 class Regular(Guided):
     """Every step is a regular one."""
 
-    def after_step(self, speed, warm_up):
-        pass
+    def after_step(self, speed, warm_up): ...
 
 
 # ---- Model ----
@@ -237,8 +228,7 @@ class GreedyNet(nn.Module):
         """Logits (B, K) and features (B, D) by modality; of each block h and w of Eq. (1), (B, C).
 
         gates: for each block, modality -> gate (C,) in place of the computed one, Eq. (13), (14).
-        means: for each block, modality -> (C,): the branches are cut off from each other, Eq. (7).
-        """
+        means: for each block, modality -> (C,): the branches are cut off from each other, (7)."""
         maps, squeezed, activations = inputs, [], []
         stages = list(zip(*(encoder.stages for encoder in self.encoders.values()), strict=True))
         for i, stage in enumerate(stages, start=len(self.blocks) - len(stages)):
@@ -266,7 +256,6 @@ class GreedyNet(nn.Module):
 
 def build_model(config, splits):
     """The network of a run, its modules started by `seed_module`."""
-    # BatchNorm after every convolution, as the gates, a half each at first, shrink the maps.
     encoders = build_encoders(config, splits, dim=None, batch_norm=True)
     seed_module(config, "heads and blocks")
     model = GreedyNet(encoders, config.num_classes, config.gate_factor)
@@ -375,8 +364,7 @@ def evaluate(model, split, config, means=None):
     """Metrics of a split, and its outputs; the loss is that of Eq. (4).
 
     Of each branch: its accuracy A(f_k) (`branch`); with the training means also that cut off from
-    the others, A(f_k') (`cut`), what they add to it (`u`), and `d_util` (Def. 4.1).
-    """
+    the others, A(f_k') (`cut`), what they add to it (`u`), and `d_util` (Def. 4.1)."""
     outputs = predict(model, split, config)
     labels, logits = outputs["labels"], {m: outputs[m] for m in model.encoders}
     outputs["logits"] = fuse(logits)
@@ -446,11 +434,9 @@ COMMON = {
 CLIPS = {**COMMON, "epochs": 100, "batch_size": 64, "lr": 1e-3, "num_frames": 1}  # ours
 VIEWS = {"batch_size": 8, "lr": 0.1, "momentum": 0.0, "tolerance": 0.01}  # [P]
 RECIPES = {
-    "digits": {**COMMON, "epochs": 30, "color_variance": 0.02},
-    "cg-mnist": {**COMMON, "epochs": 30, "color_variance": 0.02},
-    "av-digits": {**COMMON, "epochs": 20},
+    **{key: {**COMMON, "epochs": 30, "color_variance": 0.02} for key in ("digits", "cg-mnist")},
     "synthetic": {**COMMON, "epochs": 30},
-    "features": {**COMMON, "epochs": 20},
+    **{key: {**COMMON, "epochs": 20} for key in ("av-digits", "features")},
     **dict.fromkeys(("crema-d", "ave", "vggsound"), CLIPS),
     "modelnet40": {**COMMON, **VIEWS, "epochs": 50},
 }
@@ -478,29 +464,19 @@ def add_flags(add):
 
 
 def columns(modalities, epoch="best."):
-    """Columns of the table: title -> where the number stands in a summary.
-
-    All but `test` are of the best epoch on validation, as in the paper (Sec. 5.1), or with an
-    `epoch` of "" of the last.
-    """
+    """Columns of the table: title -> where the number stands in a summary; all but `test` of the
+    best epoch on validation (Sec. 5.1), or with an `epoch` of "" of the last."""
     found = {"test": "test.accuracy", "best": "best.test.accuracy"}
     for m in modalities:
         others = " ".join(other for other in modalities if other != m)
         found[f"{m} branch"] = f"{epoch}test.{m}.branch"
         found[f"u({others}|{m})"] = f"{epoch}test.{m}.u"
-    found |= {"d_util": f"{epoch}test.d_util", "d_util (iid)": f"{epoch}val_iid.d_util"}
-    return found | {"d_speed": f"{epoch}d_speed"}
+    rates = {"d_util": "test.d_util", "d_util (iid)": "val_iid.d_util", "d_speed": "d_speed"}
+    return found | {title: epoch + path for title, path in rates.items()}
 
 
 def prepare(args, splits):
     """The splits, with one modality twice in place of all where --duplicate asks for it."""
-    for flag in ("biased", "duplicate"):
-        name = getattr(args, flag)
-        if name is not None and name not in splits.modalities:
-            raise UserError(
-                f"There is no modality {name!r} in {args.dataset} for --{flag}; choose from "
-                f"{', '.join(splits.modalities)}."
-            )
     if args.duplicate and args.biased:
         raise UserError("With --duplicate no modality is the biased one; leave out --biased.")
     return splits.doubled(args.duplicate) if args.duplicate else splits
@@ -510,6 +486,7 @@ SCRIPT = Script(
     *("greedy_balance", __doc__, METHODS, ("joint", "random", "guided"), ("mmtm",), RECIPES),
     add_flags,
     needs={"rubi": lambda args: () if args.biased else ("joint",)},
+    naming={"biased": (), "duplicate": ()},
     prepare=prepare,
 )
 

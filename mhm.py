@@ -70,8 +70,7 @@ class Phase(NamedTuple):
 def phases(method, epoch, folds):
     """What an epoch trains: a round, together one pass over the data, K - 1 for the ensemble.
 
-    folds: K pairs (H^k, E^k) of positions: all folds but the k-th, and the k-th.
-    """
+    folds: K pairs (H^k, E^k) of positions: all folds but the k-th, and the k-th."""
     variant, k = variant_of(method), epoch % len(folds)
     if method == "mhm":
         head_set, embedding_set = folds[k]
@@ -111,16 +110,14 @@ VARIANTS = {
     "mmm": Variant(several=("phi",)),
 }
 PLAIN = Variant(several=())  # joint training, alone, with dropout or shake-shake
-PLAIN_METHODS = ("joint", "dropout", "shake-shake")
 
 
 def variant_of(method):
     """How `method` differs from MHM; ValueError for one that there is not."""
-    if method in PLAIN_METHODS or method.startswith("unimodal-"):
-        return PLAIN
-    if method not in VARIANTS:
+    plain = method in ("joint", "dropout", "shake-shake") or method.startswith("unimodal-")
+    if not plain and method not in VARIANTS:
         raise ValueError(f"there is no method {method!r}")
-    return VARIANTS[method]
+    return PLAIN if plain else VARIANTS[method]
 
 
 def members(method, num_folds):
@@ -140,8 +137,7 @@ def deploy(method, scores, epoch):
     """Numbers of the members that predict after `epoch` (from 0): one, or all if averaged.
 
     At the end of a cycle the best on validation, before it the last trained; the paper only says
-    that one head is selected. scores: of each member on validation, None without such data.
-    """
+    that one head is selected. scores: of each member on validation, None without such data."""
     count, last = len(scores), epoch % len(scores)
     if variant_of(method).averaged:
         return list(range(count))
@@ -154,8 +150,7 @@ def set_trainable(module, trainable):
     """Training mode, frozen or not. Gradients still flow through a frozen module to its input.
 
     Its optimizer must not step: momentum and weight decay would move it even by zero gradients.
-    Frozen BatchNorm keeps its running statistics; dropout goes on, as in joint training.
-    """
+    Frozen BatchNorm keeps its running statistics; dropout goes on, as in joint training."""
     module.train()
     module.requires_grad_(trainable)
     for part in module.modules():
@@ -167,8 +162,7 @@ def pairwise_divergence(log_p):
     """GS in nats: mean of KL(p_i || p_j) over ordered pairs i != j and over items.
 
     log_p: (R, N, C) logarithms of R >= 2 distributions for each of N items, of networks from
-    several runs, or for GS-harness from one; p counts as 1e-12 at least.
-    """
+    several runs, or for GS-harness from one; p counts as 1e-12 at least."""
     log_p = log_p.double().clamp_min(math.log(1e-12))
     runs, items, _ = log_p.shape
     cross = torch.einsum("inc,jnc->ij", log_p.exp(), log_p)  # sum of p_i log p_j
@@ -207,8 +201,7 @@ EMBEDDING_DIM = 128  # width of phi's output: ours
 class ModularNet(nn.Module):
     """psi_k(phi_j(theta_i(x))), with one or several of each module.
 
-    theta: inputs (modality -> (B, ...)) -> features; phi: features -> embedding; psi -> logits.
-    """
+    theta: inputs (modality -> (B, ...)) -> features; phi: features -> embedding; psi -> logits."""
 
     def __init__(self, theta, phi, psi):
         super().__init__()

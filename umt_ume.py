@@ -23,8 +23,8 @@ Differs from the paper (read up to the beginning of Sec. 3; no code of its autho
   epoch, all weights equal: ours.
 - The "empirical trick to decide which one to use": a linear classifier on frozen features against
   UME, on validation, paired by item, with a margin of a standard error: ours.
-- That classifier and the probes of the encoders are scikit-learn's logistic regression: ours.
-- Networks, the heads mlp and attention, RECIPES and the dataset synthetic are ours.
+- That classifier and the probes (logistic regression), networks, the heads mlp and attention,
+  RECIPES and the dataset synthetic are ours.
 - Kinetics-400, UCF101 and DropPathway are not here. baselines.py has G-Blending and OGM-GE,
   greedy_balance.py has Wu et al. (2022).
 """
@@ -33,7 +33,6 @@ from pathlib import Path
 
 from common.command_line import Command, Script, run_command
 from common.device import autocast, forward
-from common.errors import UserError
 from common.evaluation import (
     Totals,
     arrays,
@@ -144,10 +143,8 @@ def load_unimodal(config, splits, checkpoint):
 
 
 def assemble(models, splits, config):
-    """Logits of the ensemble, or of `linear`, a linear classifier on all frozen features together.
-
-    models: modality -> uni-modal network. Returns {"val": (N, C), "test": (N, C)}.
-    """
+    """{"val": (N, C), "test": (N, C)} logits of the ensemble, or of `linear`, a linear classifier on
+    all frozen features together. models: modality -> uni-modal network."""
 
     def look(name):
         """Logits of every network on a split, and their features side by side (N, sum of D)."""
@@ -257,7 +254,7 @@ def test_assembled(run, splits, config):
     summary = {key: config.arguments[key] for key in named}
     summary |= {"seconds": round(run.seconds, 1), **found["last.pt"]}
     summary["best"] = {"epoch": None, **found["best.pt"]}  # every network has its own
-    if config.method != "linear":  # whose classifier is scikit-learn's
+    if config.method != "linear":  # whose classifier is no network
         summary["parameters"] = count_parameters(*models.values())
     predictions = {"index": splits.test.index, "label": splits.test.labels}
     return summary, predictions | {"logits": logits["test"], "val_logits": logits["val"]}
@@ -355,9 +352,9 @@ COMMON = {
 LARGE = {**COMMON, "epochs": 100, "lr": 1e-3, "schedule": "step"}
 RECIPES = {
     "synthetic": {**COMMON, "epochs": 30, "lr": 0.05, "schedule": "cosine", "distill_weight": 1.0},
-    "digits": {**COMMON, "distill_weight": 100.0},
+    "digits": {**COMMON, "distill_weight": 1000.0},
     "cg-mnist": LARGE,
-    "av-digits": {**COMMON, "schedule": "step", "distill_weight": 1.0},
+    "av-digits": {**COMMON, "schedule": "step", "distill_weight": 0.3},
     "features": COMMON,
     "crema-d": LARGE,
     "ave": LARGE,
@@ -385,17 +382,6 @@ def add_flags(add):
     add("--shared-start", default="none", metavar="NAME", help=start)
 
 
-def prepare(args, splits):
-    """The splits as they are; refuses a --shared-start that names nothing."""
-    known = ("none", "all", *splits.modalities)
-    if args.shared_start not in known:
-        raise UserError(
-            f"--shared-start {args.shared_start} is nothing that {args.dataset} has; choose from "
-            f"{', '.join(known)}."
-        )
-    return splits
-
-
 def columns(splits):
     """Columns of the table: title -> where the number stands in a summary.
 
@@ -417,7 +403,7 @@ SCRIPT = Script(
     add_flags=add_flags,
     unfused=("unimodal", *ASSEMBLED),
     needs=NEEDS,
-    prepare=prepare,
+    naming={"shared_start": ("none", "all")},
     dataset="synthetic",
 )
 

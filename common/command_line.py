@@ -37,6 +37,7 @@ class Script(NamedTuple):
     unfused:  the methods that have no fusion.
     legend:   a sentence on the columns of the table, printed below it.
     needs:    method -> the methods whose runs it starts from, or a function of the flags.
+    naming:   flag -> what it may say besides the name of a modality.
     prepare:  (flags, splits) -> splits, where a flag of the script changes the data.
     """
 
@@ -49,6 +50,7 @@ class Script(NamedTuple):
     add_flags: Callable = lambda add: None
     unfused: tuple = ("unimodal",)
     needs: dict = {}  # noqa: RUF012
+    naming: dict = {}  # noqa: RUF012
     prepare: Callable = lambda args, splits: splits
     dataset: str = "digits"
     legend: str = ""
@@ -224,7 +226,15 @@ class Command:
         dataset = DATASETS[args.dataset]
         args.data = dataset.identify(args.data_root) if dataset.identify else None
         self.defaults = self.fill_in(args, dataset)
-        self.splits = script.prepare(args, self.load_splits(args, dataset))
+        splits = self.load_splits(args, dataset)
+        for flag, words in script.naming.items():
+            known = (*words, *splits.modalities)
+            if getattr(args, flag) not in (None, *known):
+                raise UserError(
+                    f"There is no modality {getattr(args, flag)!r} in {args.dataset} for "
+                    f"{as_flag(flag)}; choose from {', '.join(known)}."
+                )
+        self.splits = script.prepare(args, splits)
         self.methods = self.choose_methods(args.method, dataset)
 
     def fill_in(self, args, dataset):

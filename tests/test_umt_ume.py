@@ -572,7 +572,10 @@ def test_choices_of_the_results_follow_from_their_runs(dataset):
     [
         ("--distill-weight -1", "must be a number at least 0, not '-1'"),
         ("--fusion film", "invalid choice: 'film'"),
-        ("--shared-start left", "left is nothing that synthetic has; choose from none, all, first"),
+        (
+            "--shared-start left",
+            "no modality 'left' in synthetic for --shared-start; choose from none, all, first",
+        ),
         ("starts --shared-start all", "starts sets --shared-start itself; leave it out."),
         ("--method utm", "no method 'utm' for synthetic; choose from auto, umt, ume, ume-logits"),
         ("--pair-type xor", "No pair type 'xor'; choose from suppressor, sum-mod."),

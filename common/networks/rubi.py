@@ -11,7 +11,8 @@ class RUBi(nn.Module):
 
     Where the biased modality is right alone, the masked loss is small, and so is what the network
     learns from that sample. Trained beside the network and left out at test time.
-    dim: width D of the biased modality's features z (B, D).
+    dim: width D of the biased modality's features z (B, D); hidden: ours, its authors have 1024 on
+    4800 features.
     """
 
     def __init__(self, dim, num_classes, hidden=128):
