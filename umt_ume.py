@@ -143,7 +143,7 @@ def load_unimodal(config, splits, checkpoint):
 
 
 def assemble(models, splits, config):
-    """{"val": (N, C), "test": (N, C)} logits of the ensemble, or of `linear`, a linear classifier on
+    """{"val": (N, C), "test": (N, C)} logits of the ensemble or, for `linear`, of a classifier on
     all frozen features together. models: modality -> uni-modal network."""
 
     def look(name):
