@@ -13,11 +13,12 @@
 Every run leaves its configuration, metrics, predictions, curves and checkpoints in
 runs/baselines/<dataset>/<method>-<fusion>[-<knob>=<value>]-seed<k>/. See docs/baselines.md.
 
-The PMR paper compares with g-blending, ogm-ge and a modality dropout (Table 2), the UMT paper with
-g-blending and ogm-ge; which has auxiliary losses could not be read.
+The PMR paper compares with g-blending, ogm-ge and a modality dropout (Table 2); the UMT paper names
+g-blending and ogm-ge as rivals, its tables could not be read, nor which paper has auxiliary losses.
 
 Differs from the papers:
-- aux-ce has one linear head for each modality; the sum of all losses, all weights 1: ours.
+- aux-ce has one linear head for each modality; the sum of all losses, all weights 1: ours. As in
+  Gradient-Blending the fused head predicts alone: ours; PMR's release averages all heads.
 - Gradient-Blending holds out a tenth of the training data and never trains on it; its weights sum
   to 1. A head that gained nothing has weight 0, a change of the gap counts as 1e-4 at least: ours.
 - OGM-GE modulates to the end; its authors stop half way. For vectors the weight matrices take the
@@ -25,7 +26,8 @@ Differs from the papers:
 - OGM-GE needs a head that splits into modalities; PMR's variant of it for FiLM is not here.
 - Modality dropout drops either modality of a sample, without rescaling: ours. PMR's DropPathway
   drops the audio pathway, for a whole iteration.
-- Hyper-parameters are ours, see RECIPES and add_flags.
+- Training settings are pmr.py's, alpha of OGM-GE its authors'; drop probability, `offline` and the
+  super-epoch are ours.
 """
 
 import copy

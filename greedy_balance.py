@@ -211,8 +211,8 @@ class Regular(Guided):
 
 
 class GreedyNet(nn.Module):
-    """A branch for each modality, and after each of its last three stages a fusion block (Fig. 1):
-    MMTM, or SE in the uni-modal network that the paper compares with."""
+    """A branch for each modality, and after each of its last three stages (an MLP has two) a fusion
+    block (Fig. 1): MMTM, or SE in the uni-modal network that the paper compares with."""
 
     def __init__(self, encoders, num_classes, factor=1.0):
         super().__init__()
@@ -456,7 +456,7 @@ def add_flags(add):
     means = {"choices": ["after", "before"], "default": "after"}
     add("--gate-mean", **means, help="Eq. (13): mean after or before the sigmoid (%(default)s)")
     factor = {"type": number(float, 0, open_low=True), "default": 1.0, "metavar": "X"}
-    add("--gate-factor", **factor, help="of the sigmoid; MMTM paper: 2 (1)")
+    add("--gate-factor", **factor, help="of the sigmoid (1)")
     add("--biased", metavar="MODALITY", help="for rubi; default: the more used one under joint")
     add("--duplicate", metavar="MODALITY", help="train on this modality twice, named m and m-2")
     add("--l1", type=SIZE, default=0.0, metavar="X", help="weight of the L1 norm (0)")

@@ -18,16 +18,18 @@ Differs from the paper:
 - E_r, "the first training few epochs" of PER, is the first fifth of them: ours.
 - D_s is drawn once, from training data, and seen in evaluation mode, unaugmented. Released code:
   anew in each epoch; for AVE the validation set, for CG-MNIST labelled test images.
-- First prototypes have no momentum. A class that D_s misses keeps its prototype; before it has one
-  it is in no softmax: ours.
+- First prototypes: without momentum, from a copy of the network whose BatchNorms have seen D_s. A
+  class that D_s misses keeps its prototype; before it has one it is in no softmax: ours.
 - Modality 0 is the dataset's first (gray, audio), as in Table 1; Sec. 5.1 has the color first. In
   film and gated it conditions modality 1: released code.
 - --coefficients clip is Eq. (11); the released code has 0 or 1 in place of it (binary).
-- Networks and initialisation are the released code's (common/networks/encoders.py), but for a
-  BatchNorm after each convolution on digits and av-digits. Hyper-parameters: see RECIPES.
+- The CNN and all initialisation are the released code's (common/networks/encoders.py), but for a
+  BatchNorm after each convolution on digits and av-digits, and no max-pool on digits. ResNet-18 is
+  plain; released code: with a bottleneck. The MLP for vectors is ours. Hyper-parameters: RECIPES.
 - Validation data are cut from the training data (CG-MNIST 50,000 + 10,000, CREMA-D a tenth), and
   both the last epoch and the best on validation are reported: ours.
-- Tables 3 (MMTM, CentralNet) and 4 (localization) are not here; Table 2's rules: baselines.py.
+- Figures 2 and 4 (a, b), Tables 3 (MMTM, CentralNet) and 4 (localization) are not here; Table 2's
+  rules: baselines.py.
 """
 
 import copy
@@ -304,7 +306,7 @@ COMMON = {
 }
 RECIPES = {
     "digits": {**COMMON, "epochs": 20, "lr": 0.01, "schedule": "none"},
-    "cg-mnist": COMMON,  # epochs and alpha [B]
+    "cg-mnist": {**COMMON, "color_variance": 0.03},  # epochs and alpha [B], variance [C]
     "av-digits": {**COMMON, "epochs": 20, "lr": 0.01},
     "synthetic": {**COMMON, "epochs": 30, "lr": 0.05, "schedule": "cosine"},
     "features": {**COMMON, "epochs": 20, "lr": 0.01, "schedule": "none"},

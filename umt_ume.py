@@ -13,11 +13,11 @@ Every run leaves its configuration, metrics, predictions, curves and checkpoints
 runs/umt_ume/<dataset>/<method>[-<fusion>][-<knob>=<value>]-seed<k>/, and the choice (`auto`) its
 evidence in auto-<fusion>[-<knob>=<value>]/decision.json. See docs/umt_ume.md.
 
-Differs from the paper (read up to the beginning of Sec. 3; no code of its authors was found):
+Differs from the paper (read: an earlier version, up to Sec. 3; no code of its authors was found):
 - UMT's distance: mean squared error of the features before fusion, as in three public
   re-implementations. Its weight: 10 as in one of them, or chosen on validation, see RECIPES.
-- A student starts from weights of its own, never where its teachers did; where it may share their
-  start (a flag), that decides the result on digits, see docs/umt_ume.md: ours.
+- A student starts from weights of its own, never where its teachers did but with pretrained ones;
+  to share that start decides the result on digits, see docs/umt_ume.md: ours.
 - Teachers: last epoch, frozen, in evaluation mode, on the augmented batch of the student: ours.
 - UME's average could not be read: `ume` averages probabilities, `ume-logits` logits, of the last
   epoch, all weights equal: ours.
@@ -25,7 +25,7 @@ Differs from the paper (read up to the beginning of Sec. 3; no code of its autho
   UME, on validation, paired by item, with a margin of a standard error: ours.
 - That classifier and the probes (logistic regression), networks, the heads mlp and attention,
   RECIPES and the dataset synthetic are ours.
-- Kinetics-400, UCF101 and DropPathway are not here. baselines.py has G-Blending and OGM-GE,
+- Kinetics-400, UCF101 and Xiao et al. (2020) are not here. baselines.py has G-Blending and OGM-GE,
   greedy_balance.py has Wu et al. (2022).
 """
 

@@ -20,7 +20,7 @@ def build_optimizer(parameters, config):
 def scheduled_lr(schedule, lr, epoch, epochs):
     """Learning rate of `epoch` (from 0): `none`; `step` and `cosine` end at a tenth of `lr`.
 
-    step:   a tenth for the last 30 percent of the epochs, as in PMR's released code.
+    step:   a tenth for the last 30 percent of the epochs; PMR's released code: from epoch 70.
     cosine: half a cosine from lr down to lr / 10.
     """
     if schedule == "step":

@@ -35,7 +35,8 @@ def repeated(waveform, samples):
 
 
 def pmr_spectrogram(waveform, seconds):
-    """PMR's released preprocessing, scipy.signal.spectrogram with its defaults: (257, T).
+    """PMR's released preprocessing of 10 s, scipy.signal.spectrogram with its defaults: (257, T);
+    that CREMA-D's 3 s are made so is inferred from the size that the paper names.
 
     Power density of windows of 512 samples every 159, each less its mean, under a Tukey window of
     0.25; then the logarithm, standardised over the recording.

@@ -32,14 +32,15 @@ class Encoder(nn.Module):
 
 
 class CNN(Encoder):
-    """The four-convolution network that PMR's and the Greedy paper's code use for digits.
+    """The four-convolution network of PMR's released code for CG-MNIST. The Greedy paper has "four
+    convolutional layers" and no code for them: that they are these is ours.
 
     Released code: max-pool after the first convolution, Linear 64 -> 512 at the end. The PMR paper
     names "4 convolution layers and 1 average pool layer" (Sec. 5.2) only.
 
     in_channels: channels C of the input (B, C, H, W).
     dim:         width of the features; None leaves out the last Linear and gives 64.
-    batch_norm:  BatchNorm after each convolution. Neither paper has it; few and small images need
+    batch_norm:  BatchNorm after each convolution. Neither paper names it; few and small images need
                  it, for without it the network does not leave chance in a few hundred steps.
     first_pool:  the max-pool after the first convolution; 8x8 images are too small for it.
     """
@@ -102,7 +103,7 @@ class ResNet18(Encoder):
     """torchvision's ResNet-18 without its classifier: spectrograms, images, or frames of a clip.
 
     in_channels: C of the input (B, C, H, W) or (B, C, N, H, W); features are (B, 512).
-    pretrained:  start from torchvision's ImageNet weights; the papers start from scratch. For one
+    pretrained:  start from torchvision's ImageNet weights; released codes: from scratch. For one
                  channel the first convolution's weights are summed over the colors.
     """
 

@@ -19,7 +19,7 @@ class MMTM(nn.Module):
 
     channels: modality -> C_m. Maps may differ in channels and in spatial size.
     ratio:    g is Linear sum(C) -> 2 sum(C) / ratio, ReLU, and a Linear -> C_m for each modality.
-    factor:   2 as in the MMTM paper; the code of both papers has the plain sigmoid.
+    factor:   2 as the MMTM paper is remembered to have it; released code: the plain sigmoid.
     """
 
     def __init__(self, channels, ratio=4, factor=1.0):
@@ -56,7 +56,7 @@ class MMTM(nn.Module):
 
 class SE(MMTM):
     """Squeeze-and-excitation (Hu et al., CVPR 2018), as a uni-modal network is given it to compare
-    with MMTM: the same block with one modality, and no reduction of its width."""
+    with MMTM: the same block with one modality; no reduction of its width: released code."""
 
     def __init__(self, channels, factor=1.0):
         super().__init__(channels, ratio=2, factor=factor)

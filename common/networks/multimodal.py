@@ -27,8 +27,8 @@ class MultimodalNet(nn.Module):
 def seed_module(config, name):
     """Let the module `name` start from (seed, modalities of its network, name).
 
-    So modules that methods share start equal, whatever else a method has; and no encoder starts
-    where one of another network did: a student beside its uni-modal teacher has a start of its own.
+    So modules that methods share start equal, whatever else a method has; and but for pretrained
+    weights no encoder starts where one of another network did: a student never at its teacher's.
     """
     seed_phase(config.seed, "initialisation", *config.modalities, name)
 
