@@ -459,4 +459,4 @@ def test_a_process_ends_with_one_line_and_no_traceback(tmp_path, words, stdout, 
         os.kill(process.pid, signal.SIGINT)
     process.join()
     errors = (tmp_path / "errors.txt").read_text()
-    assert process.exitcode == 1 and re.fullmatch(f"\n?{sentence}.*\n", errors), errors
+    assert process.exitcode == 1 and re.fullmatch(f"(.*: epoch .*\n)*\n?{sentence}.*\n", errors)
