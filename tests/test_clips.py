@@ -290,8 +290,8 @@ def test_spectrograms_are_scipys(length):
     frames = [window * samples[i : i + 512] for i in range(0, 3 * 22_050 + 1, 353)]
     expected = np.log(np.abs(scipy.fft.rfft(np.array(frames), axis=1)).T + 1e-7)
     loud = expected > -3
-    np.testing.assert_allclose(found, expected, atol=2e-2)
-    np.testing.assert_allclose(found[loud], expected[loud], atol=5e-3)
+    np.testing.assert_allclose(found, expected, atol=1e-2)
+    np.testing.assert_allclose(found[loud], expected[loud], atol=1e-3)
 
 
 @pytest.mark.parametrize("peak", [70, 140, 163])
