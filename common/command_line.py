@@ -100,8 +100,9 @@ def build_parser(script, dataset):
     add("--momentum", type=number(float, 0, 1), metavar="X", help=momentum)
     decay = f"of the optimizer ({recipe('weight_decay')})"
     add("--weight-decay", type=number(float, 0), metavar="X", help=decay)
-    schedule = f"of lr; step: a tenth for the last 30 percent ({recipe('schedule')})"
-    add("--schedule", choices=["none", "step", "cosine"], help=schedule)
+    schedule = "of lr; step: a tenth for the last 30 percent; step-70: a tenth every 70 epochs "
+    schedule += f"({recipe('schedule')})"
+    add("--schedule", choices=["none", "step", "step-70", "cosine"], help=schedule)
     add = parser.add_argument_group("run").add_argument
     add("--seeds", type=number(int, 0), nargs="+", default=[0], metavar="N", help="default: 0")
     add(
@@ -126,6 +127,9 @@ def build_parser(script, dataset):
     script.add_flags(parser.add_argument_group(f"{script.name}.py").add_argument)
     if DATASETS[dataset].dials:
         add = parser.add_argument_group(f"dials of {dataset}").add_argument
+        if DATASETS[dataset].protocols:
+            preset = "a release's frames, spectrogram, epochs, rate, schedule; other flags win"
+            add("--protocol", choices=list(DATASETS[dataset].protocols), help=preset)
         for name, dial in DATASETS[dataset].dials.items():
             note = dial.help if dial.listed else argparse.SUPPRESS
             add(as_flag(name), type=dial.kind, metavar="X", help=note)
@@ -176,7 +180,8 @@ def parse_flags(script, argv, namespace=None):
             )
         if flag == "--pretrained":
             raise UserError(f"There are no pretrained weights for {dataset}; leave out {flag}.")
-        if any(flag == as_flag(dial) for known in DATASETS.values() for dial in known.dials):
+        dials = {dial for known in DATASETS.values() for dial in (*known.dials, "protocol")}
+        if flag in map(as_flag, dials):
             raise UserError(f"The dataset {dataset} has no dial {flag}; leave it out.")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -238,14 +243,16 @@ class Command:
         self.methods = self.choose_methods(args.method, dataset)
 
     def fill_in(self, args, dataset):
-        """Replace None by the dataset's or the recipe's default; returns the defaults of all."""
+        """Replace None by the protocol's value, else by the recipe's or the dataset's default;
+        returns the defaults, without a protocol, of all: names of runs show what it changes."""
+        preset = dataset.protocols.get(getattr(args, "protocol", None), {})
         defaults = vars(parse_flags(self.script, ["--dataset", args.dataset]))
         defaults |= {name: dial.default for name, dial in dataset.dials.items()}
         defaults |= self.script.recipes.get(args.dataset, self.script.recipes["features"])
         for name, default in sorted(defaults.items(), key=lambda item: callable(item[1])):
             defaults[name] = default(args) if callable(default) else default
             if getattr(args, name) is None:
-                setattr(args, name, defaults[name])
+                setattr(args, name, preset.get(name, defaults[name]))
         return defaults
 
     @staticmethod

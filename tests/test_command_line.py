@@ -24,6 +24,7 @@ from common import command_line, device, optimizer, progress
 from common.command_line import Command, Script, run_command
 from common.datasets import DATASETS
 from common.errors import UserError
+from common.run import run_name
 from common.tables import describe
 
 SCRIPTS = (pmr, greedy_balance, umt_ume, mhm, baselines)
@@ -156,6 +157,18 @@ def test_arguments_are_what_decides_the_result(no_data):
     assert clips["pretrained"] is True and clips["lr"] == 0.5  # the recipe of features, here
 
 
+def test_a_protocol_is_the_flags_that_it_sets(no_data):
+    """The same run as by those flags; its name shows what differs from the recipe."""
+    words = ["--dataset", "crema-d", "--method", "joint", "--num-frames", "2"]
+    preset = Command(pmr.SCRIPT, [*words, "--protocol", "pmr"])
+    by_hand = Command(pmr.SCRIPT, [*words, "--epochs", "130", "--schedule", "step-70"])
+    config, other = preset.config("joint", 0), by_hand.config("joint", 0)
+    assert config.arguments == other.arguments
+    assert config.arguments["spectrogram"] == "pmr-3s" and config.arguments["num_frames"] == 2
+    name = "joint-concat-data=fake-data-num-frames=2-epochs=130-schedule=step-70-seed0"
+    assert run_name(config.arguments, config.defaults) == name
+
+
 def test_methods_by_default_and_the_runs_that_they_start_from(no_data):
     def order(*words):
         return [(x.method, x.seed) for x in Command(OWN, words).configs()]
@@ -260,6 +273,7 @@ def test_bad_flags_are_refused_by_name(capsys, words, sentence):
         ),
         ("--method unimodal", "There is no method 'unimodal' for digits"),
         ("--audio-snr 3", "The dataset digits has no dial --audio-snr; leave it out"),
+        ("--dataset vggsound --protocol pmr", "The dataset vggsound has no dial --protocol; leave"),
         ("--dataset ave --color-variance=3", "The dataset ave has no dial --color-variance"),
         ("--pretrained", "There are no pretrained weights for digits; leave out --pretrained"),
         (
@@ -316,6 +330,8 @@ def test_schedules():
     for epochs in range(1, 200):  # falls at seventy percent
         high = [rate == 1.0 for rate in rates("step", epochs)]
         assert high == [10 * epoch < 7 * epochs for epoch in range(epochs)]
+    drops = [1.0] * 70 + [0.1] * 70 + [0.01] * 10
+    assert rates("step-70", 150) == pytest.approx(drops) and rates("step-70", 20) == [1.0] * 20
     half = 0.5**0.5  # cos(pi / 4)
     expected = [1, 0.1 + 0.45 * (1 + half), 0.55, 0.1 + 0.45 * (1 - half), 0.1]
     assert rates("cosine", 5) == pytest.approx(expected)

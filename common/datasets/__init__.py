@@ -21,12 +21,14 @@ class Dataset(NamedTuple):
     dials:    name -> Dial, the keyword arguments that a user may turn.
     small:    whether a script compares its methods here when none is named.
     identify: for data that a user brings, root -> a name by which runs on them are told apart.
+    protocols: name -> flag -> what --protocol NAME sets it to.
     """
 
     load: Callable
     dials: dict
     small: bool = True
     identify: Callable | None = None
+    protocols: dict = {}  # noqa: RUF012
 
 
 def from_files(name, load, dials):
@@ -35,7 +37,8 @@ def from_files(name, load, dials):
 
 
 def from_clips(name, num_frames, spectrogram):
-    return from_files(name, partial(clips.load, name), clips.dials(num_frames, spectrogram))
+    dataset = from_files(name, partial(clips.load, name), clips.dials(num_frames, spectrogram))
+    return dataset._replace(protocols=clips.PROTOCOLS.get(name, {}))
 
 
 DATASETS = {

@@ -19,7 +19,7 @@ from .listing import frame_names
 
 DIALS = {
     "frame_cache": Dial(0, number(int, 0, 1), "1 keeps decoded frames on disk, for speed (0)"),
-    "image_size": Dial(224, number(int, 32, 4096), "height and width of frames and views (224)"),
+    "image_size": Dial(224, number(int, 32, 4096), "height and width of frames and views", False),
 }
 
 # ---- One file ----
