@@ -50,7 +50,8 @@ def read_view(folder, view):
             f"There is no {path}; run {command}, or name the folder above mfeat by --data-root."
         )
     try:
-        table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+        lines = path.read_text(encoding="ascii").splitlines()[1:]
+        table = np.array([line.split(",") for line in lines], dtype=float)
         if table.shape != (len(LABELS), VIEWS[view] + 1) or (table[:, -1] != LABELS).any():
             raise ValueError(f"not 2000 digits in order with {VIEWS[view]} numbers and the class")
     except (OSError, ValueError) as error:
