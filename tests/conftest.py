@@ -17,9 +17,10 @@ from common.networks import encoders  # noqa: E402
 
 DATA_ROOT = Path(os.environ.get("DATA_ROOT", ROOT / "data"))
 EVERY_DATASET = [  # every dataset, to parametrize end-to-end tests by
-    *("digits", "synthetic", "features"),
+    *("digits", "synthetic", "features", "mfeat"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("cg-mnist", "av-digits")),
 ]
+UNLISTED = {"mfeat"}  # datasets without a recipe: they have that of `features`
 NEEDS = {
     "cg-mnist": DATA_ROOT / "MNIST" / "raw" / "train-images-idx3-ubyte",
     "av-digits": DATA_ROOT / "fsdd" / "recordings",
@@ -59,10 +60,25 @@ def features_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def mfeat_root(tmp_path_factory):
+    """Views as data/prepare.py writes them, of noise; the first number is the digit's row."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("views")
+    (root / "mfeat").mkdir()
+    for view, width in {"fou": 76, "mor": 6, "zer": 47}.items():
+        rows = np.arange(2000)[:, None]
+        table = np.hstack([rows, rng.standard_normal((2000, width - 1)), rows // 200])
+        header, path = ",".join(map(str, [*range(width), 0])), root / "mfeat" / f"mfeat-{view}.csv"
+        np.savetxt(path, table, "%.5G", ",", "\r\n", header, comments="")
+    return root
+
+
 @pytest.fixture
-def root_of(data_root, features_file):
+def root_of(data_root, features_file, mfeat_root):
     """dataset -> its `--data-root`."""
-    return lambda dataset: str(features_file if dataset == "features" else data_root)
+    return lambda dataset: str(
+        {"features": features_file, "mfeat": mfeat_root}.get(dataset, data_root)
+    )
 
 
 class ThinResNet(encoders.Encoder):

@@ -10,6 +10,9 @@ from conftest import ROOT
 from test_pmr import no_probes, quick  # noqa: F401
 
 import baselines
+import greedy_balance
+import mhm
+import umt_ume
 from common.errors import UserError
 from experiments import compare
 from experiments.figures import draw_scatter
@@ -85,6 +88,22 @@ def test_three_modalities_leave_out_what_compares_two():
     assert fusions == {"concat", "sum"}
     assert {("mmtm", f"unimodal-{m}") for m in "abc"} <= methods
     assert {("late", "umt"), ("mmtm", "guided"), ("modular", "mhm")} <= methods
+
+
+@pytest.mark.usefixtures("no_probes")
+def test_three_views_in_the_scripts_that_take_more_than_two(tmp_path, mfeat_root):
+    views = ("fou", "zer", "mor")
+    flags = {"dataset": "mfeat", "data_root": mfeat_root, "views": ",".join(views), "epochs": 1}
+    flags |= {"train_samples": 60, "batch_size": 20, "device": "cpu", "out": tmp_path}
+    guided = greedy_balance.main({**flags, "method": ["guided"], "tolerance": 0.0, "window": 1})
+    u = [guided["test"][m]["u"] for m in views]
+    assert guided["test"]["d_util"] == pytest.approx(max(u) - min(u))
+    assert umt_ume.main({**flags, "method": ["ume"]})["method"] == "ume"  # trains each alone
+    assert mhm.main({**flags, "method": ["mhm"]})["heads"] == 4
+    runs = [path.name for path in tmp_path.glob("*/mfeat/*")]
+    assert all("-views=fou,zer,mor-" in name for name in runs)
+    alone = {name.split("-")[1] for name in runs if name.startswith("unimodal-")}
+    assert alone == set(views)
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ FACTS = {  # sizes of train, val, val_iid and test; shapes
     "cg-mnist": ((50_000, *[10_000] * 3), {"gray": (1, 28, 28), "color": (3, 28, 28)}),
     "av-digits": ((2400, 300, 300, 300), {"audio": (1, 32, 32), "visual": (1, 28, 28)}),
     "synthetic": ((2000, 1000, 1000, 4000), {"first": (120,), "second": (120,)}),
+    "mfeat": ((1200, 200, 200, 600), {"fou": (76,), "mor": (6,)}),
     "features": ((540, 60, 60, 120), {"left": (6,), "right": (9,)}),
 }
+BAD_VIEWS = ("", "fou", "fou,fou", "fou,hog", "fou, mor")
 REAL = pytest.mark.slow  # data that are loaded in seconds
 EACH = [pytest.param(n, marks=REAL if n in ("cg-mnist", "av-digits") else ()) for n in FACTS]
 
@@ -56,6 +58,39 @@ def test_sizes_shapes_determinism_and_caps(name, require, root_of):
         assert not all(torch.equal(inputs[m], different[m]) for m in inputs)
 
 
+def test_each_view_has_its_numbers_in_the_order_of_the_others(mfeat_root):
+    """The made files' first number is the row, the class is row // 200."""
+    splits = load("mfeat", mfeat_root, views="zer,fou,mor")
+    assert list(splits.shapes.items()) == [("zer", (47,)), ("fou", (76,)), ("mor", (6,))]
+    numbers = {
+        m: np.loadtxt(mfeat_root / f"mfeat/mfeat-{m}.csv", delimiter=",", skiprows=1)
+        for m in splits.modalities
+    }
+    first = torch.cat(
+        [getattr(splits, name).tensors["fou"][:, 0] for name in ("train", "val", "test")]
+    )
+    rows = first.argsort().argsort().split([1200, 200, 600])
+    for name, chosen in zip(("train", "val", "test"), rows, strict=True):
+        split = getattr(splits, name)
+        assert torch.equal(split.labels, chosen // 200)
+        assert split.labels.bincount().tolist() == [len(chosen) // 10] * 10
+        for m, x in numbers.items():
+            train, found = x[rows[0], :-1], x[chosen, :-1]
+            expected = (found - train.mean(axis=0)) / train.std(axis=0)
+            np.testing.assert_allclose(split.tensors[m], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("content", ["", "0,1,0\n", "not,a,number\n" * 2, "0,0\n" + "1,0\n" * 2000])
+def test_a_damaged_view_is_one_sentence(tmp_path, content):
+    (tmp_path / "mfeat").mkdir()
+    (tmp_path / "mfeat" / "mfeat-fou.csv").write_text(content)
+    with pytest.raises(
+        UserError, match=r"mfeat-fou\.csv is damaged \(.+\); delete .*prepare\.py mfeat"
+    ) as info:
+        load_dataset("mfeat", tmp_path)
+    assert "\n" not in str(info.value)
+
+
 def idx_file(*shape):
     """The bytes of an idx file of zeros, MNIST's format."""
     header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
@@ -72,6 +107,15 @@ def test_errors_are_sentences(tmp_path, monkeypatch):
         ("digits", {"audio_snr": 3.0}, "digits has no dial --audio-snr"),
         ("av-digits", {}, r"lacks 3000 of the 3000 .*prepare.py fsdd --out \S+/fsdd"),
         ("cg-mnist", {}, r"train-images-idx3-ubyte .* not in \S+raw .*--data-root"),
+        (
+            "mfeat",
+            {},
+            r"no \S+mfeat-fou\.csv; run .*prepare\.py mfeat --out \S+/mfeat`, .*--data-root",
+        ),
+        *(
+            ("mfeat", {"views": views}, f"two or more .* of fac, .* zer, not '{views}'")
+            for views in BAD_VIEWS
+        ),
         ("synthetic", {"configuration": "Z"}, r"No configuration 'Z'; choose from O, N, T, Q\."),
         ("synthetic", {"pair_type": "xor"}, r"No pair type 'xor'; choose from suppressor, sum-mod"),
     ):

@@ -164,7 +164,7 @@ SHAPES = {  # of the inputs; of clips and views where it is not named
     "digits": ((1, 8, 8), (3, 8, 8)),
     "cg-mnist": ((1, 28, 28), (3, 28, 28)),
     "av-digits": ((1, 32, 32), (1, 28, 28)),
-    **dict.fromkeys(("synthetic", "features"), ((6,), (120,))),
+    **dict.fromkeys(("synthetic", "features", "mfeat"), ((6,), (120,))),
 }
 
 

@@ -83,7 +83,7 @@ def no_experiments(monkeypatch):
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if not c[0].startswith(NOT_RUN)], ids=" ".join
 )
-def test_commands_run(command, tmp_path, require, data_root, features_file, monkeypatch):
+def test_commands_run(command, tmp_path, require, root_of, features_file, monkeypatch):
     """On a tiny part of the data, on the CPU, one seed."""
     program, *words = command
     tiny = ["--epochs", "1", "--device", "cpu", "--seeds", "0", "--out", str(tmp_path)]
@@ -92,12 +92,12 @@ def test_commands_run(command, tmp_path, require, data_root, features_file, monk
         words = [str(features_file) if word.endswith(".npz") else word for word in words]
         dataset = dataset_of(words, SCRIPTS.get(name, pmr).SCRIPT.dataset)
         require(dataset)
+        root = root_of(dataset)
         if dataset in FROM_FILES:
-            data_root = tmp_path / "data"
-            write_prepared(data_root, dataset, counts=(12,), shape=(32, 32))
+            root = tmp_path / "data"
+            write_prepared(root, dataset, counts=(12,), shape=(32, 32))
             tiny += ["--image-size", "32", "--num-workers", "0"]
-        tiny += ["--train-samples", "40"]
-        tiny += ["--data-root", str(features_file if dataset == "features" else data_root)]
+        tiny += ["--train-samples", "40", "--data-root", str(root)]
     if "--join" in words:
         words = ["--join", *map(str, ROOT.glob("results/compare_*.json"))]
     if program.startswith("examples/"):

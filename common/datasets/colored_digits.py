@@ -76,6 +76,16 @@ def color_splits(images, labels, variance, data_seed):
     )
 
 
+def split_classes(labels, val, test, data_seed):
+    """split -> indices in random order, each class in proportion; val, test: their sizes."""
+    seed = derive_seed(data_seed, "split") % 2**32
+    rest, test = train_test_split(
+        np.arange(len(labels)), test_size=test, stratify=labels, random_state=seed
+    )
+    train, val = train_test_split(rest, test_size=val, stratify=labels[rest], random_state=seed)
+    return {"train": train, "val": val, "test": test}
+
+
 def load_digits(root, data_seed, color_variance):
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels: 1,257 train, 180 val, 360 test.
 
@@ -84,12 +94,7 @@ def load_digits(root, data_seed, color_variance):
     data = load_scikit_digits()
     images = torch.from_numpy((data.images * 255 / 16).round().astype(np.uint8))
     labels = torch.from_numpy(data.target.astype(np.int64))
-    seed = derive_seed(data_seed, "split") % 2**32
-    rest, test = train_test_split(
-        np.arange(len(labels)), test_size=360, stratify=labels, random_state=seed
-    )
-    train, val = train_test_split(rest, test_size=180, stratify=labels[rest], random_state=seed)
-    parts = {"train": train, "val": val, "test": test}
+    parts = split_classes(labels, val=180, test=360, data_seed=data_seed)
     return color_splits(
         {name: images[part] for name, part in parts.items()},
         {name: labels[part] for name, part in parts.items()},

@@ -32,11 +32,16 @@ def identify(path):
 
 
 def load(root, data_seed):
+    """The splits of the file `root`."""
+    return split_arrays(read(root), root, data_seed)
+
+
+def split_arrays(arrays, root, data_seed):
     """Every feature is brought to mean 0 and variance 1 over the training data.
 
     Training samples are shuffled, so that a cap does not cut off classes; test stays in order.
+    arrays: as a file holds them, by name; root: where they are from, for messages.
     """
-    arrays = read(root)
     modalities = [name.removeprefix("train_") for name in arrays if name.startswith("train_")]
     modalities = [m for m in modalities if m != "labels"]
     if not modalities:

@@ -147,6 +147,7 @@ ENCODERS: dict[str, Callable] = {
     "av-digits": partial(CNN, batch_norm=True),
     "synthetic": MLP,
     "features": MLP,
+    "mfeat": MLP,
     **dict.fromkeys(("crema-d", "ave", "vggsound", "modelnet40"), ResNet18),
 }
 
