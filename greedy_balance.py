@@ -35,8 +35,6 @@ Differs from the paper:
 - Initialisation, threshold of `sparsity`, what Sec. 6 lacks: ours, RECIPES. NVGesture is not here.
 """
 
-import torch.nn.functional as F
-
 from common.command_line import Command, Script, run_command
 from common.device import autocast
 from common.errors import UserError
@@ -58,6 +56,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
 

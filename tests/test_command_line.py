@@ -432,6 +432,7 @@ def test_command_ends_with_a_sentence(error, sentence):
 def run_pmr(words, errors, stdout=os.devnull):
     """pmr.py as a process runs it, with stdout and stderr in files."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    progress.Progress.last_line = math.inf  # says nothing
     sys.stdout, sys.stderr = open(stdout, "w"), open(errors, "w")  # noqa: SIM115
     run_command(lambda: pmr.main([*words, "--method", "joint", "--train-samples", "20"]))
 

@@ -13,7 +13,7 @@ import random
 import shutil
 import signal
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +52,7 @@ def read(path):
 def load(path):
     """A checkpoint without its times, the only thing that no two runs share."""
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["seconds"], checkpoint["cpu_seconds"]
+    del checkpoint["seconds"], checkpoint["cpu_seconds"], checkpoint["arguments"]
     return checkpoint
 
 
@@ -186,7 +186,7 @@ def test_overwrite_trains_anew_and_removes_only_the_runs_own_files(request, trai
     folder = folder_of(out)
     (folder / "config.json").write_text('{"arguments": {"lr": 0.5}}')
     (folder / "last.pt").write_bytes(b"damaged")
-    (folder / "best.pt.tmp").write_bytes(b"left by a kill")
+    (folder / "best.pt.123.tmp").write_bytes(b"left by a kill")
     (folder / "notes.txt").write_text("mine")
     before = snapshot(out)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(pytest.fail.Exception):
@@ -290,8 +290,13 @@ def test_damaged_history_and_predictions_of_a_finished_run_are_a_sentence(finish
     settings = {**TINY, "out": str(finished), "method": ["joint"]}
     there = run.Run(next(command_line.Command(pmr.SCRIPT, settings).configs()))
     assert [entry["epoch"] for entry in there.read_history()] == [0, 1, 2]
-    assert there.read_predictions().keys() == {"index", "label", "logits"}
-    readers = {"metrics.jsonl": there.read_history, "predictions.npz": there.read_predictions}
+    assert there.read_predictions("label").shape == (17,)
+    logits = partial(there.read_predictions, "logits")
+    with pytest.raises(
+        UserError, match=r"predictions\.npz cannot be read .*val_logits.*--method j"
+    ):
+        there.read_predictions("val_logits")
+    readers = {"metrics.jsonl": there.read_history, "predictions.npz": logits}
     for name, reader in readers.items():
         path = there.folder / name
         path.write_bytes(damage(path.read_bytes()))
@@ -433,7 +438,7 @@ def test_failed_write_leaves_the_old_file_whole(tmp_path, error, raised):
         assert list(tmp_path.iterdir()) == [path]
     storage.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(UserError, match=r"Cannot write .*another process training the same run\?"):
+    with pytest.raises(UserError, match=r"Cannot write .*Was the folder removed\?"):
         storage.write_json(tmp_path / "missing" / "summary.json", {})
 
 
