@@ -44,13 +44,13 @@ class Progress:
                 Progress.last_line = now
                 epoch, step = divmod(self.done + self.steps - 1, self.steps_per_epoch)
                 words = [f"epoch {epoch + 1} of {self.epochs}", f"step {step + 1}"]
-                words += [f"{left} left"] if left and self.steps > self.FIRST_STEPS else []
+                words += [left] if left and self.steps > self.FIRST_STEPS else []
                 print(f"{self.label}: {', '.join(words)}", file=sys.stderr, flush=True)
 
     def time_left(self):
-        """`about 12 min`, or nothing for less than one."""
+        """`about 12 min left`, or nothing for less than one."""
         minutes = self.pace * (self.total - self.done - self.steps) / 60
-        return f"about {minutes:.0f} min" if minutes > 1 else ""
+        return f"about {minutes:.0f} min left" if minutes > 1 else ""
 
     def close(self):
         self.bar.close()

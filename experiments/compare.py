@@ -276,7 +276,7 @@ def read_record(path):
     """A table.json of a comparison; UserError for a file that is none."""
     remedy = "let experiments.compare write it anew"
     record, columns = read_json(path, remedy=remedy), set()
-    with suppress(TypeError, KeyError, AttributeError, ValueError):
+    with suppress(TypeError, LookupError, AttributeError, ValueError):
         format_text(record["rows"])
         [row["test"]["mean"] + row["test"]["n"] for row in record["rows"]]
         columns = set.intersection(*(set(row) for row in record["rows"]))

@@ -139,6 +139,7 @@ def read_tables(path, args):
     try:
         refuse_another(path, record["arguments"], arguments_of(args))
         format_tables(record)
+        [row[name] for part in TITLES for row in record[part] for name in toy.CELL]
         return record
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
