@@ -325,9 +325,9 @@ def biased_modality(config):
     if config.biased:
         return config.biased
     (joint,) = config.needs
-    metrics = Run(joint).summary["val_iid"]
     first, second = config.modalities
-    return second if metrics[first]["u"] > metrics[second]["u"] else first  # u of 0 is u(m1 | m0)
+    u = [Run(joint).number(f"val_iid.{m}.u") for m in config.modalities]
+    return second if u[0] > u[1] else first  # u of 0 is u(m1 | m0)
 
 
 def epoch_entry(train, modalities, curated, speeds):

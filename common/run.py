@@ -295,6 +295,14 @@ class Run:
                 f"{path} is of another run or version ({error}); {self.remedy}."
             ) from error
 
+    def number(self, path):
+        """That at a dotted `path` in the summary of a finished run."""
+        value = lookup(self.summary, path)
+        if not isinstance(value, (int, float)):
+            place = self.folder / "summary.json"
+            raise UserError(f"{place} is of another version (see {path}); {self.remedy}.")
+        return value
+
     def read_history(self):
         """The entries of metrics.jsonl of a finished run, one for each of its epochs."""
         path = self.folder / "metrics.jsonl"

@@ -409,6 +409,11 @@ def test_damaged_history_and_predictions_of_a_finished_run_are_a_sentence(finish
     there = run.Run(next(command_line.Command(pmr.SCRIPT, settings).configs()))
     assert [entry["epoch"] for entry in there.read_history()] == [0, 1, 2]
     assert there.read_predictions("label").shape == (17,)
+    assert there.number("test.accuracy") == there.summary["test"]["accuracy"]
+    with pytest.raises(
+        UserError, match=r"summary\.json is of another version \(see val_iid\.a\.u\)"
+    ):
+        there.number("val_iid.a.u")
     logits = partial(there.read_predictions, "logits")
     with pytest.raises(
         UserError, match=r"predictions\.npz cannot be read .*val_logits.*--method j"
