@@ -83,7 +83,8 @@ class Run:
     Two runs are the same if their `config.arguments` are equal. A folder that holds a finished run
     of the same arguments gives `summary`; one with an unfinished run is refused unless `resume`,
     one of other arguments always, unless `overwrite`. A resumed run goes on after its last whole
-    epoch and draws what it would have drawn. Nothing is written before the first epoch.
+    epoch and draws what it would have drawn. Nothing is written before the first epoch; from then
+    on the folder is this process's own, see lock.py.
     """
 
     FILES = (
