@@ -35,8 +35,6 @@ Differs from the paper:
 - Initialisation, threshold of `sparsity`, what Sec. 6 lacks: ours, RECIPES. NVGesture is not here.
 """
 
-import torch.nn.functional as F
-
 from common.command_line import Command, Script, run_command
 from common.device import autocast
 from common.errors import UserError
@@ -58,6 +56,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
 
@@ -326,9 +325,9 @@ def biased_modality(config):
     if config.biased:
         return config.biased
     (joint,) = config.needs
-    metrics = Run(joint).summary["val_iid"]
     first, second = config.modalities
-    return second if metrics[first]["u"] > metrics[second]["u"] else first  # u of 0 is u(m1 | m0)
+    u = [Run(joint).number(f"val_iid.{m}.u") for m in config.modalities]
+    return second if u[0] > u[1] else first  # u of 0 is u(m1 | m0)
 
 
 def epoch_entry(train, modalities, curated, speeds):

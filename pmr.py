@@ -35,8 +35,6 @@ Differs from the paper:
 import copy
 import math
 
-from torch.optim.swa_utils import update_bn
-
 from common.command_line import Command, Script, run_command
 from common.device import autocast, forward
 from common.errors import UserError
@@ -187,7 +185,7 @@ def settled(model, subset, config):
     the features, and so the first prototypes, would hardly differ from class to class."""
     model = copy.deepcopy(model)
     with autocast(config):
-        update_bn((inputs for inputs, _, _ in subset.batches(256)), model)
+        torch.optim.swa_utils.update_bn((inputs for inputs, _, _ in subset.batches(256)), model)
     return model
 
 

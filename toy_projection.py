@@ -28,10 +28,6 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-from sklearn.datasets import make_moons
-from tqdm import tqdm
-
 from common.command_line import run_command
 from common.datasets import split_folds
 from common.device import environment, pick_device
@@ -40,8 +36,13 @@ from common.flags import number
 from common.optimizer import build_optimizer
 from common.run import join_name
 from common.seeding import derive_seed, make_generator
-from common.storage import make_folder, read_json, write_json
+from common.storage import make_folder, read_runs, write_json
 from common.tables import format_text, tabulate
+
+# isort: split
+import numpy as np
+from sklearn.datasets import make_moons
+from tqdm import tqdm
 
 # isort: split
 # ---- Method ----
@@ -371,10 +372,10 @@ def main(argv=None):
     """Run the command line; returns {"runs": a row for each, "table": a row for each cell,
     "networks": cell -> (network, deployed head), none if the runs were there already}."""
     args = parse_args(argv)
-    file = folder_of(args) / "errors.json"
+    file, arguments = folder_of(args) / "errors.json", {knob: getattr(args, knob) for knob in KNOBS}
     runs, networks = [], {}
     if file.exists() and not args.overwrite:  # finished: reported, not trained again
-        runs = read_json(file)["runs"]
+        runs = read_runs(file, arguments, (*CELL, "seed"), ERRORS)
     else:
         make_folder(file.parent)
         for config in tqdm(list(configs(args)), disable=not sys.stderr.isatty()):
@@ -383,7 +384,6 @@ def main(argv=None):
             head = train(network, *splits["train"], config)
             runs += test(network, head, splits, config)
             networks[tuple(getattr(config, name) for name in CELL)] = network, head
-        arguments = {knob: getattr(args, knob) for knob in KNOBS}
         write_json(file, {"arguments": arguments, **environment(args.device), "runs": runs})
     table = tabulate(runs, {name: name for name in ERRORS}, by=CELL)
     print(f"\n{args.regime}: errors in percent, mean ± std over {len(args.seeds)} seeds\n")

@@ -283,7 +283,7 @@ def validate(command, method):
     for seed in command.args.seeds:
         config = command.config(method, seed)
         config.overwrite = False  # it is only read
-        logits.append(torch.from_numpy(Run(config).read_predictions()["val_logits"]))
+        logits.append(torch.from_numpy(Run(config).read_predictions("val_logits")))
     return torch.stack(logits).argmax(dim=2) == command.splits.val.labels.cpu()
 
 

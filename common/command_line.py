@@ -23,6 +23,7 @@ from .flags import number
 from .networks.encoders import encoder_options
 from .run import run_name
 from .tables import describe, format_text, made_up, tabulate
+from .terminal import INTERRUPTED, open_output
 
 
 class Script(NamedTuple):
@@ -362,6 +363,8 @@ TORCH_ERRORS = {
     "Expected more than 1 value per channel": "BatchNorm cannot learn from a training batch of one "
     "sample at this size; choose another --batch-size, so that no single sample is left over, or "
     "larger images.",
+    "without overflow": "A number became too large for float32; try a lower --lr, or a lower "
+    "weight of the method's own terms.",
     "DataLoader worker": "A process that reads the files was ended from outside; if memory was "
     "short, choose fewer --num-workers. --resume goes on from the last whole epoch.",
 }
@@ -369,6 +372,7 @@ TORCH_ERRORS = {
 
 def run_command(main):
     """Call `main`; a UserError or Ctrl-C ends with one sentence on stderr, not with a traceback."""
+    open_output()
     try:
         main()
         sys.stdout.flush()
@@ -383,7 +387,4 @@ def run_command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(
-            "\ninterrupted; the same command with --resume (and without --overwrite) goes on from "
-            "the last whole epoch"
-        )
+        sys.exit(INTERRUPTED)

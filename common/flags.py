@@ -1,17 +1,18 @@
 """Types of flags: what `argparse` checks a value by."""
 
 import argparse
-import sys
 from typing import Any, NamedTuple
+
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which all is computed
 
 
 def number(kind, low, high=None, open_low=False, infinite=False):
     """An argparse type: a number of `kind` (int or float) from `low` to `high`.
 
-    high:     None is a thousand million for int, anything finite for float.
+    high:     None is a thousand million for int, the largest float32 for float.
     open_low: `low` itself is refused; infinite: inf is accepted.
     """
-    largest = high or (10**9 if kind is int else sys.float_info.max)
+    largest = high or (10**9 if kind is int else LARGEST)
 
     def parse(text):
         try:

@@ -6,24 +6,38 @@ and best.pt. Files are written beside and renamed, so a kill at any moment leave
 """
 
 import hashlib
-import json
 import math
+import re
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .checks import check_checkpoint, check_summary, read_checkpoint
 from .curves import draw_curves
 from .device import environment
 from .errors import UserError
+from .lock import hold, release
 from .optimizer import scheduled_lr, set_lr
 from .progress import Progress
 from .seeding import seed_phase
-from .storage import make_folder, read_json, write_atomically, write_figure, write_json, write_text
+from .storage import (
+    make_folder,
+    parse_json,
+    read_json,
+    refuse_another,
+    strict,
+    to_json,
+    write_atomically,
+    write_figure,
+    write_json,
+    write_text,
+)
 from .tables import lookup
 
-LONGEST_NAME = 150  # of a folder; file systems take 255 bytes
+LONGEST_NAME = 150  # bytes of a folder's name; file systems take 255
 
 
 def changed_knobs(arguments, defaults):
@@ -37,11 +51,16 @@ def changed_knobs(arguments, defaults):
 
 
 def join_name(*parts):
-    """Words joined by dashes; what is too long for a folder's name ends in a digest of it all."""
-    name = "-".join(parts)
-    if len(name) <= LONGEST_NAME:
+    """Words joined by dashes; what is too long for a folder's name ends in a digest of it all.
+
+    Whatever the words are, of which some come from files, it is one folder: no separators in it.
+    """
+    name = re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
+    encoded = name.encode()
+    if len(encoded) <= LONGEST_NAME:
         return name
-    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(encoded).hexdigest()[:8]
+    return f"{encoded[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
 
 
 def run_name(arguments, defaults):
@@ -64,7 +83,8 @@ class Run:
     Two runs are the same if their `config.arguments` are equal. A folder that holds a finished run
     of the same arguments gives `summary`; one with an unfinished run is refused unless `resume`,
     one of other arguments always, unless `overwrite`. A resumed run goes on after its last whole
-    epoch and draws what it would have drawn. Nothing is written before the first epoch.
+    epoch and draws what it would have drawn. Nothing is written before the first epoch; from then
+    on the folder is this process's own, see lock.py.
     """
 
     FILES = (
@@ -81,14 +101,16 @@ class Run:
         self.config, self.arguments = config, config.arguments
         self.label = run_name(config.arguments, config.defaults)
         self.folder = Path(config.out) / self.arguments["script"] / config.dataset / self.label
+        self.remedy = f"start that run again by --method {self.arguments['method']} --overwrite"
         self.history, self.best, self.summary = [], None, None
         self.seconds_before, self.sitting_start = 0.0, time.perf_counter()
         self.cpu_before, self.cpu_start = 0.0, time.process_time()
         self.opened = (self.folder / "config.json").exists() and not config.overwrite
         if self.opened:
-            self.check_same_arguments()
+            found = read_json(self.folder / "config.json", "arguments", self.remedy)
+            refuse_another(self.folder, found, self.arguments)
             if (self.folder / "summary.json").exists():
-                self.summary = read_json(self.folder / "summary.json")
+                self.summary = self.read_summary()
             elif not config.resume:
                 raise UserError(
                     f"{self.folder} holds an unfinished run; go on with it by --resume or start "
@@ -102,36 +124,31 @@ class Run:
                 "replace them by --overwrite or choose another --out."
             )
 
-    def check_same_arguments(self):
-        found = read_json(self.folder / "config.json", key="arguments")
-        differing = [
-            f"{key} {found.get(key)!r} there, {self.arguments.get(key)!r} here"
-            for key in sorted(found.keys() | self.arguments.keys())
-            if found.get(key) != self.arguments.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"{self.folder} holds a run of another configuration ({'; '.join(differing)}); "
-                "replace it by --overwrite or choose another --out."
-            )
-
     def open(self):
-        """Make the folder, in place of what an earlier run left in it, and nothing else.
+        """Take the folder for this process, and make it in place of what an earlier run left in it.
 
         config.json goes first: whatever a kill leaves here is then refused, not taken for a run.
         """
-        if self.opened:
-            return
         make_folder(self.folder)
+        hold(self.folder)
+        files = [self.folder / name for name in self.FILES]
+        for path in files:
+            if path.is_dir():
+                raise UserError(
+                    f"{path} is a folder, and a run writes a file of that name; move it away or "
+                    "choose another --out."
+                )
+        unfinished = [half for path in files for half in self.folder.glob(f"{path.name}.*.tmp")]
         try:
-            for name in self.FILES:
-                (self.folder / name).unlink(missing_ok=True)
+            for path in unfinished if self.opened else (*files, *unfinished):
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"Cannot clear the folder {self.folder} ({error}); choose another --out."
             ) from error
-        config = {"arguments": self.arguments, "sizes": self.config.sizes}
-        write_json(self.folder / "config.json", config | environment(self.config.device))
+        if not self.opened:
+            config = {"arguments": self.arguments, "sizes": self.config.sizes}
+            write_json(self.folder / "config.json", config | environment(self.config.device))
         self.opened = True
 
     # ---- Training ----
@@ -148,6 +165,7 @@ class Run:
         if (self.folder / "last.pt").exists():
             first = self.restore(state, "last.pt") + 1
             self.write_metrics()
+            self.report_changes()
         steps = math.ceil((samples or config.sizes["train"]) / config.batch_size)
         self.progress = Progress(self.label, config.epochs, steps, first)
         try:
@@ -185,6 +203,7 @@ class Run:
         if improved:
             self.best = {"epoch": epoch, "accuracy": accuracy}
         checkpoint = {
+            "arguments": self.arguments,
             "epoch": epoch,
             "history": self.history,
             "best": self.best,
@@ -213,7 +232,7 @@ class Run:
 
     def write_metrics(self):
         """metrics.jsonl, always whole from the history that last.pt holds."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        lines = "".join(to_json(entry) + "\n" for entry in self.history)
         write_text(self.folder / "metrics.jsonl", lines)
 
     # ---- What is there ----
@@ -225,42 +244,85 @@ class Run:
         """
         path = self.folder / name
         try:
-            checkpoint = torch.load(path, map_location=self.config.device, weights_only=True)
+            checkpoint = read_checkpoint(path, self.config.device)
+            check_checkpoint(checkpoint, self.arguments, self.config.epochs)
+            if checkpoint["epoch"] != self.expected_epoch(name, checkpoint):
+                raise ValueError(f"it is of epoch {checkpoint['epoch']}")
+            if self.best not in (None, checkpoint["best"]):
+                raise ValueError("its best epoch is another one")
             for key, holder in state.items():
                 holder.load_state_dict(checkpoint["state"][key])
-            self.history, self.best = checkpoint["history"], checkpoint["best"]
-            self.seconds_before, self.sitting_start = checkpoint["seconds"], time.perf_counter()
-            self.cpu_before, self.cpu_start = checkpoint["cpu_seconds"], time.process_time()
-            return checkpoint["epoch"]
         except Exception as error:  # a truncated file has many ways to fail
+            reason = error if isinstance(error, ValueError) else type(error).__name__
             raise UserError(
-                f"{path} is missing, damaged or of another version ({type(error).__name__}); start "
-                f"that run again by --method {self.arguments['method']} --overwrite."
+                f"{path} is missing, damaged or of another version ({reason}); {self.remedy}."
             ) from error
+        self.history, self.best = checkpoint["history"], checkpoint["best"]
+        self.seconds_before, self.sitting_start = checkpoint["seconds"], time.perf_counter()
+        self.cpu_before, self.cpu_start = checkpoint["cpu_seconds"], time.process_time()
+        return checkpoint["epoch"]
+
+    def expected_epoch(self, name, checkpoint):
+        """What the summary of a finished run says, else the checkpoint itself."""
+        if name == "best.pt":
+            return lookup(self.summary or checkpoint, "best.epoch")
+        return self.summary["epochs"] - 1 if self.summary else checkpoint["epoch"]
+
+    def report_changes(self):
+        """Say where the present sitting may give other numbers than the first one."""
+        before, now = read_json(self.folder / "config.json"), environment(self.config.device)
+        changed = [
+            f"{name} {before.get(name)} then, {now[name]} now"
+            for name in ("torch", "device", "threads")
+            if before.get(name) != now[name]
+        ]
+        if changed:
+            print(
+                f"{self.label} goes on where other things hold ({'; '.join(changed)}): it may not "
+                "end bit for bit where the uninterrupted run would have ended.",
+                file=sys.stderr,
+            )
+
+    def read_summary(self):
+        """summary.json of this run; --eval-only makes its numbers anew and takes what is there."""
+        path = self.folder / "summary.json"
+        summary = read_json(path, remedy=self.remedy)
+        try:
+            if not self.config.eval_only:
+                check_summary(summary, self.arguments)
+            return summary
+        except ValueError as error:
+            raise UserError(
+                f"{path} is of another run or version ({error}); {self.remedy}."
+            ) from error
+
+    def number(self, path):
+        """That at a dotted `path` in the summary of a finished run."""
+        value = lookup(self.summary, path)
+        if not isinstance(value, (int, float)):
+            place = self.folder / "summary.json"
+            raise UserError(f"{place} is of another version (see {path}); {self.remedy}.")
+        return value
 
     def read_history(self):
         """The entries of metrics.jsonl of a finished run, one for each of its epochs."""
         path = self.folder / "metrics.jsonl"
         try:
-            history = [json.loads(line) for line in path.read_text().splitlines()]
+            history = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
             if [entry["epoch"] for entry in history] != list(range(self.summary["epochs"])):
                 raise ValueError("epochs are missing")
             return history
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}); start again by --overwrite."
-            ) from error
+            raise UserError(f"{path} cannot be read ({error}); {self.remedy}.") from error
 
-    def read_predictions(self):
-        """The arrays of predictions.npz of a finished run."""
+    def read_predictions(self, name):
+        """An array of predictions.npz of a finished run."""
         path = self.folder / "predictions.npz"
         try:
             with np.load(path) as arrays:
-                return dict(arrays)
+                return arrays[name]
         except Exception as error:  # a damaged zip file has many ways to fail
-            raise UserError(
-                f"{path} cannot be read ({error}); start again by --overwrite."
-            ) from error
+            raise UserError(f"{path} cannot be read ({error}); {self.remedy}.") from error
 
     # ---- Its end ----
 
@@ -287,7 +349,7 @@ class Run:
         curves:      panel -> label -> path in the entries of the history; what an entry lacks is
                      left out. steps: a last panel by training step, see `draw_curves`.
         """
-        self.summary = summary
+        self.summary = strict(summary)
         if self.config.eval_only:
             return
         self.open()
@@ -297,6 +359,7 @@ class Run:
         if panels:
             write_figure(self.folder / "curves.png", draw_curves(self.label, panels, steps))
         write_json(self.folder / "summary.json", summary)
+        release(self.folder)
 
     def panels(self, curves):
         """panel -> label -> values by epoch, of the `curves` that the history has."""

@@ -35,6 +35,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `common`
 from clips import add_parsers
 from media import PrepareError
 
+from common.terminal import open_output
+
 # Free Spoken Digit Dataset (Zohar Jackson and others, CC BY-SA 4.0), the release with 6 speakers.
 # The address only says where to look: the SHA-256 decides whether what came is the dataset.
 FSDD_REPOSITORY = "https://github.com/Jakobovski/free-spoken-digit-dataset"
@@ -258,6 +260,7 @@ def prepare_archive(archive: Archive, args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
+    open_output()
     parser = argparse.ArgumentParser(description="Prepare a dataset and check that it is complete.")
     datasets = parser.add_subparsers(metavar="DATASET", required=True)
     for name, archive in ARCHIVES.items():

@@ -4,3 +4,5 @@
 
 calls pmr.py once for each part of a grid and puts the runs together. No script knows of it.
 """
+
+import common  # noqa: F401, first of all: it makes a sentence of Ctrl-C while torch is imported

@@ -274,12 +274,15 @@ def write_joined(names, folder):
 
 def read_record(path):
     """A table.json of a comparison; UserError for a file that is none."""
-    record, columns = read_json(path), set()
-    with suppress(TypeError, KeyError, AttributeError):
+    remedy = "let experiments.compare write it anew"
+    record, columns = read_json(path, remedy=remedy), set()
+    with suppress(TypeError, LookupError, AttributeError, ValueError):
+        format_text(record["rows"])
+        [row["test"]["mean"] + row["test"]["n"] for row in record["rows"]]
         columns = set.intersection(*(set(row) for row in record["rows"]))
     if "dataset" in record and {"network", "method", *JOINED} <= columns:
         return record
-    raise UserError(f"{path} is no table of a comparison; let experiments.compare write it anew.")
+    raise UserError(f"{path} is no table of a comparison; {remedy}.")
 
 
 def write_record(folder, record):

@@ -123,8 +123,8 @@ def sensitivity(experiment, runs, fields):
     logits = []
     for run in runs:
         flags = {field: run[field] for field in fields}
-        found = finished(experiment, run["method"], run["seed"], **flags).read_predictions()
-        logits.append(torch.from_numpy(found["logits"]))
+        there = finished(experiment, run["method"], run["seed"], **flags)
+        logits.append(torch.from_numpy(there.read_predictions("logits")))
     divergence = mhm.GS[experiment.options.gs]
     return spread([divergence(torch.stack(logits).log_softmax(dim=2))], DIGITS["GS"])
 
@@ -133,8 +133,9 @@ def missing_and_hitting(experiment, run, methods):
     """Missing and hitting ratio, Table 4, against the uni-modal networks of the same seed."""
 
     def correct(method):
-        found = finished(experiment, method, run["seed"]).read_predictions()
-        return torch.from_numpy(found["logits"].argmax(axis=1) == found["label"])
+        there = finished(experiment, method, run["seed"])
+        logits, label = (there.read_predictions(name) for name in ("logits", "label"))
+        return torch.from_numpy(logits.argmax(axis=1) == label)
 
     alone = [m for m in methods if m.startswith("unimodal-")]
     if run["method"] in alone or len(alone) < 2:
@@ -172,7 +173,7 @@ def curves(experiment, methods):
         panels["error (%)"][method] = [100 - accuracy for accuracy in right]
         panels["generalization gap (points)"][method] = gap
         if len(runs) > 1:
-            traces = [torch.from_numpy(run.read_predictions()["val_trace"]) for run in runs]
+            traces = [torch.from_numpy(run.read_predictions("val_trace")) for run in runs]
             by_epoch = torch.stack(traces).unbind(dim=1)
             panels["GS"][method] = [mhm.GS[kind](log_p) for log_p in by_epoch]
         if "gs_harness" in epochs[0][0]:

@@ -17,7 +17,8 @@ import torch
 import toy_projection as toy
 from common.command_line import run_command
 from common.device import environment
-from common.storage import read_json, write_figure, write_json
+from common.errors import UserError
+from common.storage import read_json, refuse_another, write_figure, write_json
 from common.tables import format_text, spread, tabulate
 
 from .grid import paper_rows, write_rows
@@ -124,13 +125,40 @@ def regions(network, head, t, size=200):
 
 # ---- Command line ----
 
+TITLES = {f"table{i}": f"Table {i}: errors in percent, mean ± std over seeds" for i in (1, 2)}
+TITLES["differences"] = "Differences, paired by seed, mean ± standard error"
+
+
+def arguments_of(args):
+    return {knob: getattr(args, knob) for knob in toy.KNOBS}
+
+
+def read_tables(path, args):
+    """The record in table.json; UserError if it is of other arguments or another version."""
+    record = read_json(path)
+    try:
+        refuse_another(path, record["arguments"], arguments_of(args))
+        format_tables(record)
+        [row[name] for part in TITLES for row in record[part] for name in toy.CELL]
+        return record
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is of another version ({error}); start again by --overwrite."
+        ) from error
+
+
+def format_tables(record):
+    """The parts that have rows, as text below their titles."""
+    shown = {title: record[part] for part, title in TITLES.items()}
+    return [f"\n{title}\n\n{format_text(rows)}" for title, rows in shown.items() if rows]
+
 
 def run_tables(words, args, folder):
     """Train all cells; write rows.csv, figures and, last of all, table.json. Returns its record."""
     start = time.perf_counter()
     result = toy.main([*words, "--overwrite"])  # the figures need the networks
     record = {
-        "arguments": {knob: getattr(args, knob) for knob in toy.KNOBS},
+        "arguments": arguments_of(args),
         **environment(args.device),
         "seconds": round(time.perf_counter() - start, 1),
         **summarize(result["runs"]),
@@ -157,14 +185,10 @@ def main(argv=None):
     args = toy.parse_args(words)
     folder = toy.folder_of(args)
     if (folder / "table.json").exists() and not args.overwrite:
-        record = read_json(folder / "table.json")
+        record = read_tables(folder / "table.json", args)
     else:
         record = run_tables(words, args, folder)
-    titles = {f"table{i}": f"Table {i}: errors in percent, mean ± std over seeds" for i in (1, 2)}
-    titles["differences"] = "Differences, paired by seed, mean ± standard error"
-    for part, title in titles.items():
-        if record[part]:
-            print(f"\n{title}\n\n{format_text(record[part])}")
+    print("\n".join(format_tables(record)))
     print(f"\nTables and figures: {folder}")
     return record
 

@@ -6,14 +6,16 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
+import prepare
 import pytest
 import torch
 import torch.nn as nn
-from conftest import UNLISTED
+from conftest import ROOT, UNLISTED
 
 import baselines
 import greedy_balance
@@ -27,6 +29,7 @@ from common.datasets import DATASETS
 from common.errors import UserError
 from common.run import run_name
 from common.tables import describe
+from common.terminal import INTERRUPTED
 
 SCRIPTS = (pmr, greedy_balance, umt_ume, mhm, baselines)
 NAMES = [script.__name__ for script in SCRIPTS]
@@ -244,6 +247,7 @@ def test_small_networks_get_one_thread_unless_told(no_data, monkeypatch, words, 
         ("--epochs 2.5", "must be a whole number at least 1, not '2.5'"),
         ("--epochs 1" + 20 * "0", "must be a whole number at least 1 and at most 1e+09"),
         ("--lr 0", "must be a number above 0, not '0'"),
+        ("--lr 1e39", "must be a number above 0 and at most 3.40282e+38, not '1e39'"),
         ("--lr nan", "must be a number above 0, not 'nan'"),
         ("--momentum 1.5", "must be a number at least 0 and at most 1, not '1.5'"),
         ("--weight-decay -1", "must be a number at least 0, not '-1'"),
@@ -378,8 +382,8 @@ def test_training_follows_schedule_and_momentum_quietly(tmp_path, capsys, script
 @pytest.mark.parametrize(
     ("seconds", "steps", "first_epoch", "said"),
     [
-        (3, 100, 0, ["own-seed0: about 50 min", 250]),
-        (3, 100, 8, ["own-seed0: about 10 min", 50]),  # resumed: what is left
+        (3, 100, 0, ["own-seed0: about 48 min left", 250]),
+        (3, 100, 8, ["own-seed0: about 8 min left", 50]),  # resumed: what is left
         (0.05, 100, 0, [4]),  # under a minute
         (100, 2, 0, [20]),  # too few steps to know
     ],
@@ -388,7 +392,7 @@ def test_a_long_run_says_once_how_long_it_takes(
     monkeypatch, capsys, seconds, steps, first_epoch, said
 ):
     """Ten epochs, by a clock that each step moves on; in a file a line says every ten seconds how
-    far it is. said: the lines, or the number of those."""
+    far it is, and how long it takes from there. said: the first such line, the number of all."""
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr(progress.Progress, "last_line", 0.0)
@@ -404,11 +408,25 @@ def test_a_long_run_says_once_how_long_it_takes(
     bar.close()
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
-    places = [line for line in lines if "about" not in line]
+    places = [line for line in lines if "step" in line]
     assert [x for x in lines if x not in places] + [len(places)] == said and captured.out == ""
     done = 10 * len(places) / seconds if seconds < 10 else len(places) - 1
-    place = re.fullmatch(r"own-seed0: epoch (\d+) of 10, step (\d+)", places[-1])
+    place = re.match(r"own-seed0: epoch (\d+) of 10, step (\d+)", places[-1])
     assert int(place[1]) == pytest.approx(first_epoch + 1 + done // steps, abs=1)
+
+
+def test_time_left_follows_a_changing_load(monkeypatch, capsys):
+    """Fifty steps of ten seconds, then 950 of one: after half of them about 500 s are left."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress.Progress, "last_line", 0.0)
+    bar = progress.Progress("own-seed0", 10, 100)
+    for epoch in range(10):
+        for step in bar(range(100)):
+            clock.now += 10 if epoch == 0 and step < 50 else 1
+    lines = capsys.readouterr().err.splitlines()
+    left = {line.split(", ")[0][11:]: int(line.split()[-3]) for line in lines if "min left" in line}
+    assert left["epoch 1 of 10"] > 30 and left["epoch 6 of 10"] in (7, 8)  # 400 s are 6.7 min
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
@@ -430,6 +448,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         (UserError("No such thing; do that."), "error: No such thing; do that."),
         (KeyboardInterrupt(), "--resume (and without --overwrite)"),
         (ValueError("Expected more than 1 value per channel when"), "choose another --batch-size"),
+        (RuntimeError("cannot be converted to type float without overflow"), "a lower --lr"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), "choose fewer --num-workers"),
     ],
 )
@@ -446,9 +465,50 @@ def test_command_ends_with_a_sentence(error, sentence):
             run_command(main)
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp874", "utf-8"])
+def test_a_character_that_a_terminal_lacks_is_replaced(monkeypatch, encoding):
+    """Also half a character of a file's name, which no encoding has."""
+    for main in (
+        lambda: run_command(lambda: print("1 ± 2 \udce9")),
+        lambda: prepare.main(["fsdd"]),
+    ):
+        monkeypatch.setattr(prepare, "prepare_fsdd", lambda args: "1 ± 2 \udce9")
+        page = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", page)
+        assert not main()
+        page.flush()
+        right = "1 ± 2 ?\n" if encoding == "utf-8" else "1 ? 2 ?\n"
+        assert page.buffer.getvalue() == right.encode(encoding)
+
+
+def test_closed_output_takes_nothing_and_ends_nothing(monkeypatch, tmp_path):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    words = ["--method", "joint", "--train-samples", "20", "--epochs", "1", "--out", str(tmp_path)]
+    run_command(lambda: pmr.main(words))
+    assert list(tmp_path.glob("*/*/*/summary.json"))
+    for name in ("stdout", "stderr"):
+        getattr(sys, name).close()
+
+
+PROGRAMS = [[f"{name}.py"] for name in (*NAMES, "toy_projection")]
+PROGRAMS += [["-m", f"experiments.{name}"] for name in ("compare", *NAMES[:4], "toy_projection")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda words: words[-1])
+def test_ctrl_c_while_torch_is_imported_is_a_sentence(tmp_path, program):
+    for name in ("torch", "numpy", "sklearn"):
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, *program]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == -signal.SIGINT and found.stderr == f"{INTERRUPTED}\n"
+
+
 def run_pmr(words, errors, stdout=os.devnull):
     """pmr.py as a process runs it, with stdout and stderr in files."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    progress.Progress.last_line = math.inf  # says nothing
     sys.stdout, sys.stderr = open(stdout, "w"), open(errors, "w")  # noqa: SIM115
     run_command(lambda: pmr.main([*words, "--method", "joint", "--train-samples", "20"]))
 

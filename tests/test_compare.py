@@ -231,9 +231,13 @@ def test_joined_tables(tmp_path, capsys):
 
 def test_bad_files_to_join(tmp_path):
     good, bad = write_made(tmp_path, "one", RUNS), tmp_path / "bad.json"
-    for text in ("{", "[]", '{"rows": []}', '{"rows": [1]}', '{"rows": [{"test": 1}]}'):
+    row = {"network": "late", "method": "joint", "- joint": None, "balance": None}
+    rows = [[], [1], [{"test": 1}], [row | {"test": {"mean": np.nan, "standard_error": 0, "n": 1}}]]
+    texts = [json.dumps({"dataset": "two", "rows": rows}) for rows in rows]
+    for text in ("{", "[]", '{"rows": []}', "[" * 10**5, *texts):
         bad.write_text(text)
-        with pytest.raises(UserError, match=r"bad\.json (cannot be read|is no table of a comp)"):
+        sentence = r"bad\.json (cannot be read|is no table of a comp).*write it anew"
+        with pytest.raises(UserError, match=sentence):
             compare.main(["--join", good, str(bad)])
     with pytest.raises(UserError, match="one file of a dataset, not those of one, one"):
         compare.main(["--join", good, good])

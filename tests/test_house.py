@@ -18,7 +18,8 @@ FLOORS = [  # nothing imports upward
     {"common.evaluation", "common.tasks"},
     {"common.networks", "common.datasets", "common.metrics"},
     {f"common.{x}" for x in ("device", "storage", "seeding", "errors", "flags", "optimizer")}
-    | {"common", "common.tables", "common.curves", "common.progress"},
+    | {"common", "common.tables", "common.curves", "common.progress", "common.checks"}
+    | {"common.lock", "common.terminal"},
 ]
 PLACES = (
     "*.py",

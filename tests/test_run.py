@@ -9,11 +9,13 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
+import re
 import shutil
 import signal
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ import torch.nn as nn
 import baselines
 import mhm
 import pmr
-from common import command_line, evaluation, run, seeding, storage
+from common import command_line, evaluation, lock, run, seeding, storage
 from common.datasets import TensorSplit
 from common.errors import UserError
 
@@ -52,7 +54,7 @@ def read(path):
 def load(path):
     """A checkpoint without its times, the only thing that no two runs share."""
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["seconds"], checkpoint["cpu_seconds"]
+    del checkpoint["seconds"], checkpoint["cpu_seconds"], checkpoint["arguments"]
     return checkpoint
 
 
@@ -154,6 +156,9 @@ def test_name_holds_every_knob_that_is_not_default_and_ends_in_a_digest_where_it
     long, other = (name(fusion=None, method="m" * 150 + end) for end in "ab")
     assert len(long) == 150 + len("-seed3") and long[:142] == other[:142] == "m" * 141 + "-"
     assert long[142:150] != other[142:150] and long.endswith("-seed3")
+    thai, odd = name(data="ก" * 99), name(data="../../a\\b\0 \udce9")  # as files may have them
+    assert len(thai.encode()) <= 150 + len("-seed3") and "ก" in thai
+    assert odd == "pmr-film-data=.._.._a_b___-seed3"
 
 
 # ---- Runs that are there already ----
@@ -186,7 +191,7 @@ def test_overwrite_trains_anew_and_removes_only_the_runs_own_files(request, trai
     folder = folder_of(out)
     (folder / "config.json").write_text('{"arguments": {"lr": 0.5}}')
     (folder / "last.pt").write_bytes(b"damaged")
-    (folder / "best.pt.tmp").write_bytes(b"left by a kill")
+    (folder / "best.pt.123.tmp").write_bytes(b"left by a kill")
     (folder / "notes.txt").write_text("mine")
     before = snapshot(out)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(pytest.fail.Exception):
@@ -197,6 +202,42 @@ def test_overwrite_trains_anew_and_removes_only_the_runs_own_files(request, trai
     assert (folder / "notes.txt").read_text() == "mine"
     (folder / "notes.txt").unlink()
     assert_same_run(folder, folder_of(trained))
+
+
+def test_a_folder_of_a_files_name_loses_nothing(finished):
+    path = folder_of(finished) / "predictions.npz"
+    path.unlink()
+    path.mkdir()
+    assert_refused(finished, r"predictions\.npz is a folder.*move it away", "overwrite")
+    (folder_of(finished) / "summary.json").unlink()
+    assert_refused(finished, r"predictions\.npz is a folder.*move it away", "overwrite", "resume")
+
+
+def hold_and_wait(folder, pipe):
+    """A process in the middle of a run, and one that reads files for it and outlives it."""
+    lock.hold(folder)
+    if reader := os.fork():
+        pipe.send(reader)
+    signal.pause()
+
+
+def test_a_run_folder_is_one_processs_until_it_is_killed(unfinished, trained):
+    fork, (mine, theirs) = multiprocessing.get_context("fork"), multiprocessing.Pipe()
+    process = fork.Process(target=hold_and_wait, args=(folder_of(unfinished), theirs))
+    process.start()
+    reader = mine.recv()
+    try:
+        sentence = r"Another process is training in .*joint.*; let it end, or choose another --out"
+        assert_refused(unfinished, sentence, "resume", "overwrite")
+    finally:
+        process.kill()
+        process.join()
+    try:
+        train(unfinished, resume=True)
+    finally:
+        os.kill(reader, signal.SIGKILL)
+    assert_same_run(folder_of(unfinished), folder_of(trained))
+    assert folder_of(unfinished) not in lock.HELD
 
 
 def test_overwrite_cut_short_is_not_taken_for_a_run(finished, trained, monkeypatch):
@@ -246,6 +287,7 @@ DAMAGES = {
     "cut off": lambda whole: whole[: len(whole) // 2],
     "empty": lambda whole: b"",
     "garbage": lambda whole: b"\x00\xff garbage" * 100,
+    "nested": lambda whole: b"[" * 10**5,
 }
 ANOTHER = "{} is missing, damaged or of another version .*--method joint --overwrite"
 
@@ -276,6 +318,82 @@ def test_checkpoint_of_another_version_is_a_sentence(unfinished, key):
     assert_refused(unfinished, ANOTHER.format("last.pt"), "resume")
 
 
+def flip(path):
+    """One bit in the middle of a file, where a checkpoint has its numbers."""
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+def spoil(change):
+    def write(path):
+        checkpoint = torch.load(path, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, path)
+
+    return write
+
+
+CRAFTED = {
+    "checksum of .* is wrong": flip,
+    "lead to its epoch -5": spoil(lambda x: x.update(epoch=-5, history=[])),
+    "lead to its epoch 99": spoil(lambda x: x.update(epoch=99)),
+    "lead to its epoch 3": spoil(
+        lambda x: x.update(epoch=3, history=[*x["history"], {"epoch": 3}])
+    ),
+    "lead to its epoch 2": spoil(lambda x: x["history"].pop(0)),
+    "KeyError": spoil(lambda x: x["history"][1].pop("val")),
+    "TypeError": spoil(lambda x: x["history"][1].update(more=torch.ones(1))),
+    "its times": spoil(lambda x: x.update(seconds=math.nan)),
+    "its best epoch": spoil(lambda x: x["best"].update(accuracy=-1.0)),
+    "another configuration": spoil(lambda x: x["arguments"].update(seed=1)),
+    "of another conf": spoil(lambda x: x["arguments"].update(method="pmr")),
+    "holds NaN": spoil(lambda x: next(iter(x["state"]["model"].values())).fill_(math.nan)),
+}
+
+
+@pytest.mark.parametrize("reason", CRAFTED)
+def test_checkpoint_that_this_run_cannot_have_saved_is_a_sentence(unfinished, reason):
+    CRAFTED[reason](folder_of(unfinished) / "last.pt")
+    assert_refused(unfinished, rf"last\.pt is .*{reason}.*--method joint --overwrite", "resume")
+
+
+def test_checkpoints_are_those_that_summary_and_history_speak_of(tmp_path):
+    there = make_run(tmp_path, epochs=3)
+    for epoch in there.epochs({"model": nn.Linear(1, 1)}):
+        end_epoch(there, (10, 30, 20)[epoch])
+    last, best = (there.folder / name for name in CHECKPOINTS)
+    whole = {path: path.read_bytes() for path in (last, best)}
+    best.write_bytes(whole[last])
+    with pytest.raises(UserError, match=r"best\.pt .*it is of epoch 2"):
+        there.restore({}, "best.pt")
+    again = make_run(tmp_path, epochs=3, resume=True)
+    again.summary = {"epochs": 3, "best": {"epoch": 1}}
+    last.write_bytes(whole[best])
+    with pytest.raises(UserError, match=r"last\.pt .*it is of epoch 1"):
+        again.restore({}, "last.pt")
+    again.best = {"epoch": 0, "accuracy": 10}
+    best.write_bytes(whole[best])
+    with pytest.raises(UserError, match=r"best\.pt .*its best epoch is another one"):
+        again.restore({}, "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method": "pmr", "seed": 1}, "method, seed"),
+        ({"test": {"accuracy": math.nan}}, "test.accuracy"),
+        ({"best": {}}, "best.test.accuracy"),
+        ({"cpu_seconds": None, "parameters": "many"}, "cpu_seconds, parameters"),
+    ],
+)
+def test_summary_of_another_run_or_version_is_a_sentence(finished, changes, named):
+    path = folder_of(finished) / "summary.json"
+    path.write_text(json.dumps(read(path) | changes))
+    sentence = rf"summary\.json is of another run or version \(see {named}\);.*joint --overwrite"
+    assert_refused(finished, sentence, None, "resume")
+
+
 @pytest.mark.parametrize("name", ["summary.json", "config.json"])
 def test_damaged_json_is_a_sentence(finished, name):
     path = folder_of(finished) / name
@@ -290,8 +408,18 @@ def test_damaged_history_and_predictions_of_a_finished_run_are_a_sentence(finish
     settings = {**TINY, "out": str(finished), "method": ["joint"]}
     there = run.Run(next(command_line.Command(pmr.SCRIPT, settings).configs()))
     assert [entry["epoch"] for entry in there.read_history()] == [0, 1, 2]
-    assert there.read_predictions().keys() == {"index", "label", "logits"}
-    readers = {"metrics.jsonl": there.read_history, "predictions.npz": there.read_predictions}
+    assert there.read_predictions("label").shape == (17,)
+    assert there.number("test.accuracy") == there.summary["test"]["accuracy"]
+    with pytest.raises(
+        UserError, match=r"summary\.json is of another version \(see val_iid\.a\.u\)"
+    ):
+        there.number("val_iid.a.u")
+    logits = partial(there.read_predictions, "logits")
+    with pytest.raises(
+        UserError, match=r"predictions\.npz cannot be read .*val_logits.*--method j"
+    ):
+        there.read_predictions("val_logits")
+    readers = {"metrics.jsonl": there.read_history, "predictions.npz": logits}
     for name, reader in readers.items():
         path = there.folder / name
         path.write_bytes(damage(path.read_bytes()))
@@ -407,7 +535,32 @@ def test_a_resumed_run_has_the_epochs_that_are_left_and_the_seconds_add_up(tmp_p
     assert (summary["seconds"], summary["cpu_seconds"]) == (12.0, 6.0)
 
 
+def test_going_on_with_another_number_of_threads_is_said(unfinished, capsys):
+    path = folder_of(unfinished) / "config.json"
+    train(shutil.copytree(unfinished, unfinished.parent / "same"), resume=True)
+    assert capsys.readouterr().err == ""
+    path.write_text(json.dumps(read(path) | {"threads": 7}))
+    train(unfinished, resume=True)
+    said = (
+        r"seed0 goes on where other things hold \(threads 7 then, 1 now\): it may not end bit for"
+    )
+    assert re.search(said, capsys.readouterr().err)
+
+
 # ---- Writing ----
+
+
+def test_json_is_strict_and_what_is_no_number_is_null(tmp_path):
+    there = make_run(tmp_path, epochs=1)
+    for _ in there.epochs({}):
+        there.end_epoch({"train": {"loss": 1.0, "x": math.nan}, "val": {"loss": 1, "accuracy": 2}})
+    there.finish({"x": [math.inf, (1.5, np.float64("nan"))], "y": {"z": -math.inf}}, {})
+    lines = [(there.folder / name).read_text() for name in ("metrics.jsonl", "summary.json")]
+    history, summary = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert history["train"] == {"loss": 1.0, "x": None}
+    assert summary == there.summary == {"x": [None, [1.5, None]], "y": {"z": None}}
+    (there.folder / "summary.json").write_text('{"x": NaN, "y": 1e999}')  # by another program
+    assert storage.read_json(there.folder / "summary.json") == {"x": None, "y": None}
 
 
 @pytest.mark.parametrize(
@@ -433,7 +586,7 @@ def test_failed_write_leaves_the_old_file_whole(tmp_path, error, raised):
         assert list(tmp_path.iterdir()) == [path]
     storage.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(UserError, match=r"Cannot write .*another process training the same run\?"):
+    with pytest.raises(UserError, match=r"Cannot write .*Was the folder removed\?"):
         storage.write_json(tmp_path / "missing" / "summary.json", {})
 
 

@@ -1,6 +1,7 @@
 """toy_projection.py: projections, data, the axis of runs, MHM's phases, tables, figures."""
 
 import json
+import math
 import re
 from itertools import chain, pairwise, product
 from types import SimpleNamespace
@@ -180,6 +181,22 @@ def test_tables_are_written_once(tmp_path, capsys, monkeypatch):
     for main, name in ((toy.main, []), (tables.main, ["tables"])):
         with pytest.raises(pytest.fail.Exception):
             main([*name, *words, "--overwrite"])
+
+
+def test_files_of_another_run_or_version_are_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "draw_figures", lambda *_: {})
+    words = ["--dataset", "moons", "--method", "joint", *TINY, "--out", str(tmp_path)]
+    tables.main(["tables", *words])
+    missing = {"errors": ("runs", math.nan), "table": ("table2", {"mean": None, "n": 2})}
+    for name, (part, value) in missing.items():
+        (path,) = tmp_path.glob(f"toy_projection/*/{name}.json")
+        record = json.loads(path.read_text())
+        lacking = [{**row, "test": value} for row in record[part]]
+        changes = [{"arguments": record["arguments"] | {"seeds": [7, 8]}}, {"arguments": None}]
+        for change in [*changes, *({part: x} for x in (1, [1], [{}], lacking))]:
+            path.write_text(json.dumps(record | change))
+            with pytest.raises(UserError, match=rf"{name}.json .*another (ver|conf).*--overwrite"):
+                toy.main(words) if name == "errors" else tables.main(["tables", *words])
 
 
 def test_results_follow_from_their_runs_and_the_paper():
