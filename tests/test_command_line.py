@@ -472,7 +472,7 @@ def test_a_character_that_a_terminal_lacks_is_replaced(monkeypatch, encoding):
         lambda: run_command(lambda: print("1 ± 2 \udce9")),
         lambda: prepare.main(["fsdd"]),
     ):
-        monkeypatch.setattr(prepare, "prepare_fsdd", lambda args: "1 ± 2 \udce9")
+        monkeypatch.setattr(prepare, "prepare_archive", lambda *_: "1 ± 2 \udce9")
         page = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", page)
         assert not main()
