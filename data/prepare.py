@@ -43,6 +43,7 @@ FSDD_OUT = Path("data/fsdd")
 
 TIMEOUT_S = 30.0  # longest silence of the server, in seconds
 CHUNK_BYTES = 1 << 16
+MAX_BYTES = 100_000_000  # of the unpacked recordings; they have 21 MB
 
 
 def recordings_sha256(folder: str | Path) -> str:
@@ -81,18 +82,26 @@ def download(url: str, path: Path) -> None:
         raise PrepareError(f"cannot download {url!r} ({error}): check --url") from error
 
 
+def check_size(recordings: dict[str, bytes], name: str, size: int) -> None:
+    """Raises ValueError if one more of that size cannot belong to the dataset."""
+    if sum(map(len, recordings.values())) + size > MAX_BYTES:
+        raise ValueError(f"with {name} of {size:,} bytes it holds more than the dataset")
+
+
 def read_recordings(archive: Path) -> dict[str, bytes]:
     """Returns the recordings in a zip or tar.gz archive, by base name (21 MB in all)."""
     recordings = {}
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
-            for name in opened.namelist():
-                if match := FSDD_ENTRY.fullmatch(name):
-                    recordings[match[1]] = opened.read(name)
+            for member in opened.infolist():
+                if match := FSDD_ENTRY.fullmatch(member.filename):
+                    check_size(recordings, member.filename, member.file_size)
+                    recordings[match[1]] = opened.read(member)
     else:
         with tarfile.open(archive, "r:gz") as opened:
             for member in opened:
                 if member.isfile() and (match := FSDD_ENTRY.fullmatch(member.name)):
+                    check_size(recordings, member.name, member.size)
                     recordings[match[1]] = opened.extractfile(member).read()
     return recordings
 
