@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -305,12 +307,11 @@ def test_spectrograms_and_frames_are_computed_once(copied):
     assert equal(training(load(copied, **dials).train, 0, 8), expected)  # 48 x 64 stays as it is
     for path in (*folder.glob("audio/*.wav"), *folder.glob("frames/*/*.jpg")):
         if path.parent.name != "train_00000":  # the first one tells the size
-            path.unlink()
+            before = path.stat()
+            path.write_bytes(bytes(before.st_size))
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     again = load(copied, **dials)
     assert equal(training(again.train, 0, 8), expected)
-    kept = again.train.loader.files
-    assert isinstance(kept.cache.rows, np.memmap)
-    assert isinstance(kept.spectrograms.kept.rows, np.memmap)
     path = folder / "clips.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]))
     load(copied)  # new samples make a new cache
@@ -319,13 +320,38 @@ def test_spectrograms_and_frames_are_computed_once(copied):
 
 def test_a_row_counts_when_it_is_whole(tmp_path):
     """A kill between the values and their tag leaves a row that is computed anew."""
-    rows = DiskRows(tmp_path / "cache" / "x.rows", 3, (2,), np.float32)
-    rows.rows["values"][1] = 7
+    path = tmp_path / "cache" / "x.rows"
+    rows = DiskRows(path, 3, (2,), np.float32)
+    empty = path.read_bytes()
     assert rows.get(1, lambda: (2.5, torch.tensor([3.0, 4.0])))[1].tolist() == [3, 4]
-    again = DiskRows(tmp_path / "cache" / "x.rows", 3, (2,), np.float32)
+    again = DiskRows(path, 3, (2,), np.float32)
     tag, values = again.get(1, lambda: pytest.fail("it is there"))
     assert (tag, values.tolist()) == (2.5, [3, 4])
     assert again.get(0, lambda: (1, np.zeros(2)))[0] == 1
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(np.float32([2.5]).tobytes(), bytes(4)))
+    assert again.get(1, lambda: (1, np.ones(2)))[1].tolist() == [1, 1]
+    path.write_bytes(whole[:-20])  # cut in the middle of row 1 while it is in use
+    assert again.get(1, lambda: (1, np.ones(2)))[1].tolist() == [1, 1]
+    for content in (whole[:-5], bytes(len(whole)), whole.replace(b"version 1", b"version 0")):
+        path.write_bytes(content)
+        DiskRows(path, 3, (2,), np.float32)
+        assert path.read_bytes() == empty
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_cache_file_that_is_a_link_is_replaced_and_what_it_points_to_stays(tmp_path, link):
+    (tmp_path / "thesis").write_text("years of work")
+    path = tmp_path / "cache" / "x.rows"
+    path.parent.mkdir()
+    link(tmp_path / "thesis", path)
+    rows = DiskRows(path, 3, (2,), np.float32)
+    assert rows.get(1, lambda: (1, np.ones(2)))[1].tolist() == [1, 1] and not path.is_symlink()
+    path.unlink(), os.symlink(tmp_path / "thesis", path)  # and while it is in use
+    with pytest.raises(UserError, match=r"Cannot write \S+x.rows"):
+        rows.get(0, lambda: (1, np.ones(2)))
+    assert (tmp_path / "thesis").read_text() == "years of work"
+    assert {found.name for found in path.parent.iterdir()} == {"x.rows"}
 
 
 def test_a_clip_of_another_shape_is_cached_in_its_own_proportions(tmp_path):
@@ -371,7 +397,8 @@ def test_the_real_lists_of_crema_d(tmp_path):
     (tmp_path / "crema-d" / "Image-01-FPS").mkdir(parents=True)
     for name in ("train.csv", "test.csv"):
         shutil.copy(REAL_LISTS / name, tmp_path / "crema-d")
-    with pytest.raises(UserError, match="no frames of 7442 of 7442 samples, such as 1088_IOM"):
+    sentence = r"lacks 14,884 of .* 7,442 samples need: Image-01-FPS/\w+ has 0 of 1 frames, no Aud"
+    with pytest.raises(UserError, match=sentence):
         load_dataset("crema-d", tmp_path)
 
 
@@ -389,7 +416,7 @@ def cut_off(path):
         (
             "frames/train_00000/0002.jpg",
             cut_off,
-            r"0002.jpg is no readable image; fetch or prepare",
+            r"0002.jpg is no readable image \(OSError\); fetch or prepare",
         ),
         ("frames/train_00003/0001.jpg", Path.unlink, r"3 holds 2 frames in place of 3; extract"),
         ("audio/train_00005.wav", Path.unlink, r"train_00005.wav is no readable WAV file"),
@@ -399,16 +426,17 @@ def cut_off(path):
         ),
     ],
 )
-def test_an_unreadable_clip_is_named(copied, num_workers, pattern, damage, message):
-    damage(copied / "crema-d" / pattern)
+def test_a_clip_that_becomes_unreadable_is_named(copied, num_workers, pattern, damage, message):
     split = load(copied, num_workers=num_workers).train
+    damage(copied / "crema-d" / pattern)
     for _ in range(2):
         with pytest.raises(UserError, match=message) as caught:
             training(split, 0)
         assert "\n" not in str(caught.value)
+        assert multiprocessing.active_children() == [] and split.loader.shared is None
 
 
-LABELS = json.dumps(clips.EMOTIONS)[1:-1]
+LABELS, MADE_UP = json.dumps(clips.EMOTIONS)[1:-1], '"fake": true, "options": {'
 
 
 def rewrite(name, old, new):
@@ -438,9 +466,18 @@ def rewrite(name, old, new):
         (rewrite("clips.csv", ",val,", ",train,"), r"lists no val samples"),
         (rewrite("clips.csv", ",train,", ",trian,"), r"damaged .*no split is called trian"),
         (
-            rewrite("clips.csv", ",1,0.5", ",0,0.5"),
-            r"no frames of 5 of 16 samples, such as train_00001",
+            rewrite("clips.csv", ",1,0.5", ",2,0.5"),
+            r"lacks 5 of what its 16 samples need: frames/train_00001 has 1 of 2 frames, frames/tra",
         ),
+        (
+            lambda folder: [path.unlink() for path in folder.glob("audio/t*.wav")],
+            r"lacks 12 of .*: no audio/train_00000.wav, .* no audio/train_00004.wav and 7 more; prep",
+        ),
+        (lambda folder: (folder / "audio/test_00001.wav").write_bytes(b""), "no audio/test_00001"),
+        (lambda folder: shutil.rmtree(folder / "frames/test_00003"), "test_00003 has 0 of 3 frame"),
+        (rewrite("manifest.json", MADE_UP, '"options": {"split": "../up"'), r"is called \.\./up"),
+        (lambda folder: (folder / "manifest.json").write_text("[" * 10**5), "damaged .Recursion"),
+        (lambda folder: (folder / "clips.csv").write_text("id\n" + "a" * 140_000), "damaged .Err"),
         (rewrite("clips.csv", ",1,0.5", ",many,0.5"), r"damaged \(ValueError"),
         (lambda folder: (folder / "cache").write_text(""), r"Cannot write \S+cache\S+ \("),
     ],
@@ -625,27 +662,35 @@ def test_a_batch_of_one_too_small_for_batchnorm_is_one_sentence(run, thin_resnet
         run_command(lambda: run("pmr", "modelnet40", *flags))
 
 
-def test_folders_are_told_apart(prepared, run, thin_resnet, tmp_path, capsys):
-    identify = DATASETS["crema-d"].identify
-    name = identify(prepared)
-    assert re.fullmatch(r"fake-[0-9a-f]{8}", name) and identify(tmp_path) is None
+@pytest.mark.parametrize("write", [write_prepared, write_community])
+def test_changed_files_behind_the_same_lists_make_another_run(tmp_path, write):
+    folder = write(tmp_path, **({"name": "crema-d"} if write is write_prepared else {}))
+    first, names = load(tmp_path), set()
+    frame, sound = next(folder.glob("*/t*/*1.jpg")), next(folder.glob("*/t*.wav"))
+    (frame.parent / "._0001.jpg").write_bytes(b"left by a Mac")
+    (frame.parent / ".DS_Store").write_bytes(b"so is this")
+    assert load(tmp_path, data_seed=1).data == first.data
+    assert re.fullmatch(r"(fake|lists)-[0-9a-f]{8}", first.data)
+    for path in (frame, sound):
+        before = path.stat()
+        os.utime(path, ns=(0, before.st_mtime_ns + 1))  # as an equal size may hide
+        names.add(load(tmp_path).data)
+        path.write_bytes(path.read_bytes() + b"0")
+        os.utime(path, ns=(0, before.st_mtime_ns + 1))
+        names.add(load(tmp_path).data)
+    frame.rename(frame.with_name("a.jpg"))
+    names.add(load(tmp_path).data)
+    (path,) = [path for name in ("clips", "test") for path in folder.glob(f"{name}.csv")]
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    names.add(load(tmp_path).data)
+    assert len(names | {first.data}) == 7
+
+
+def test_runs_name_the_folders_content(prepared, run, thin_resnet, tmp_path, capsys):
     run("pmr", "crema-d", "--method", "joint")
     assert "crema-d, MADE-UP DATA: the numbers mean nothing, test split" in capsys.readouterr().out
     (folder,) = (tmp_path / "runs" / "pmr" / "crema-d").iterdir()
-    assert f"-data={name}-" in folder.name
-    manifest, copy = prepared / "crema-d" / "manifest.json", tmp_path / "other" / "crema-d"
-    copy.mkdir(parents=True)
-    (copy / "manifest.json").write_text(manifest.read_text().replace("format", "version"))
-    shutil.copy(manifest.with_name("clips.csv"), copy)
-    assert identify(tmp_path / "other") not in (name, None)  # other pixels
-    names = []
-    for clip in ("1001_DFA_ANG_X0", "1001_DFA_ANG_X1"):  # trees of the community
-        folder = tmp_path / clip / "crema-d"
-        (folder / "Image-01-FPS").mkdir(parents=True)
-        (folder / "train.csv").write_text(f"{clip},ANG\n")
-        (folder / "test.csv").write_text("1002_DFA_ANG_XX,ANG\n")
-        names.append(identify(tmp_path / clip))
-    assert names[0] != names[1] and all(name.startswith("lists-") for name in names)
+    assert f"-data={load(prepared).data}-" in folder.name
 
 
 @pytest.mark.parametrize(

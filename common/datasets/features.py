@@ -40,7 +40,7 @@ def load(root, data_seed):
 
     Training samples are shuffled, so that a cap does not cut off classes; test stays in order.
     """
-    arrays = read(root)
+    data, arrays = identify(root), read(root)
     modalities = [name.removeprefix("train_") for name in arrays if name.startswith("train_")]
     modalities = [m for m in modalities if m not in ("labels", "groups")]
     if not modalities:
@@ -97,7 +97,7 @@ def load(root, data_seed):
         val_iid=splits["val"],
         modalities=tuple(modalities),
         num_classes=classes,
-        data=identify(root),
+        data=data,
     )
 
 

@@ -151,4 +151,5 @@ def make_splits(listing, files, render, modalities, data_seed):
         return FileSplit(loader, rows, listing.labels[rows], render)
 
     train, val, test = (split(name) for name in ("train", "val", "test"))
-    return Splits(train, val, val, test, modalities, len(listing.classes), loader)
+    classes, data = len(listing.classes), listing.data
+    return Splits(train, val, val, test, modalities, classes, loader, data)

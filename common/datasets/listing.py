@@ -104,9 +104,9 @@ def make_listing(folder, layout, lists, classes, ids, labels, splits, kind="list
     for row, id in enumerate(ids):
         images = describe_images(folder / frames / id)
         found.append(len(images))
-        if len(images) != (counts[row] if counts else max(1, len(images))):
-            some = f"has {len(images)} of {counts[row]}" if counts else "has no"
-            missing.append(f"{frames}/{id} {some} frames")
+        expected = max(1, counts[row] if counts else len(images))
+        if len(images) != expected:
+            missing.append(f"{frames}/{id} has {len(images)} of {expected} frames")
         digest.update(f"{id}{images}".encode())
         if audio:
             sound = describe_file(folder / audio / f"{id}.wav")
