@@ -24,7 +24,7 @@ from torchvision.transforms import functional as TF
 
 import pmr
 from common.command_line import Command, parse_flags, run_command
-from common.datasets import DATASETS, clips, load_dataset
+from common.datasets import DATASETS, clips, file_splits, load_dataset
 from common.datasets.clips import SPECTROGRAMS
 from common.datasets.file_splits import MEAN, STD
 from common.datasets.files import DiskRows, center_box, crop_box, cut, read_image, resize
@@ -203,11 +203,14 @@ def test_workers_change_no_result(prepared):
         random.seed(epoch), torch.manual_seed(epoch), np.random.seed(epoch)
         assert equal(training(helped.train, epoch), expected[epoch])
     processes = helped.train.loader.shared._iterator._workers
-    left = iter(helped.train.batches(1, make_generator(5), augment=True))
+    left, outer = (helped.train.batches(1, make_generator(5), augment=True) for _ in range(2))
     next(left)
     inside = training(helped.train, 0)
     del left
     assert equal(inside, expected[0]) and equal(training(helped.train, 1), expected[1])
+    first = next(outer)
+    inside = training(helped.train, 0)
+    assert equal([first, *outer], training(alone.train, 5, 1)) and equal(inside, expected[0])
     assert equal(list(helped.test.batches(3)), list(alone.test.batches(3)))
     assert helped.train.loader.shared._iterator._workers is processes  # the same all along
     for splits in (alone, helped):  # whoever draws between batches gets the same with any number
@@ -218,6 +221,52 @@ def test_workers_change_no_result(prepared):
         list(passing)
         assert torch.equal(generator.get_state(), state)
         assert torch.equal(torch.get_rng_state(), before)  # initialisation and dropout draw there
+
+
+def test_processes_end_with_their_splits(prepared):
+    splits = load(prepared, num_workers=1)
+    list(splits.val.batches(4))
+    shared = splits.val.loader.shared
+    (process,), limit = shared._iterator._workers, shared.timeout
+    assert process.is_alive() and limit == file_splits.LONGEST_WAIT > 0
+    del splits, shared
+    assert not process.is_alive()
+
+
+def test_a_large_batch_is_put_together_of_several_reads(prepared, monkeypatch):
+    expected = training(load(prepared).train, 0, 8)
+    monkeypatch.setattr(file_splits, "AT_A_TIME", 3)
+    split = load(prepared).train
+    assert equal(training(split, 0, 8), expected) and not split.loader.busy
+
+
+def test_too_little_shared_memory_is_one_sentence(prepared, monkeypatch):
+    """9 reads of 16 samples, of 3 frames of 32 x 32 and a spectrogram each, are 29 MB."""
+    hint = r".*docker run --shm-size.* --num-workers 0 needs none\.$"
+    splits, free = load(prepared, num_workers=2), SimpleNamespace(free=29_000_000)
+    monkeypatch.setattr(file_splits.shutil, "disk_usage", lambda path: free)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="^2 processes .* need 29 MB .* has 29 MB free; " + hint
+        ):
+            training(splits.train, 0)
+    assert training(load(prepared).train, 0)
+    free.free = 30_000_000
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "share_memory_", full)
+        with pytest.raises(UserError, match="^Shared memory is full; " + hint):
+            training(splits.train, 0)
+    assert training(splits.train, 0)
+    failing = iter([RuntimeError("DataLoader timed out after 600 seconds"), RuntimeError("bug")])
+    monkeypatch.setattr(splits.loader, "pass_on", lambda *_: (_ for _ in ()).throw(next(failing)))
+    with pytest.raises(UserError, match="^Nothing came from .* for 600 s; .* short, " + hint):
+        training(splits.train, 0)
+    with pytest.raises(RuntimeError, match="bug"):
+        training(splits.train, 0)
 
 
 # ---- Pixels ----
@@ -371,7 +420,7 @@ def test_a_clip_of_another_shape_is_cached_in_its_own_proportions(tmp_path):
 # ---- The community's tree, and real data ----
 
 
-def test_the_tree_of_ogm_ge_and_pmr(tmp_path):
+def test_the_tree_of_ogm_ge_and_pmr(tmp_path, capsys):
     folder, splits = write_community(tmp_path), load(tmp_path)
     train, val, test = splits.train, splits.val, splits.test
     assert splits.sizes == {"train": 18, "val": 2, "val_iid": 2, "test": 4}
@@ -384,12 +433,26 @@ def test_the_tree_of_ogm_ge_and_pmr(tmp_path):
     assert sorted(val.labels.tolist()) == [0, 1]  # a tenth of every class
     other = load(tmp_path, data_seed=1)
     assert {*other.val.tensors["row"].tolist()} != {*val.tensors["row"].tolist()}
+    assert capsys.readouterr().err == ""
     ((before, *_),) = test.batches(4)
     for path in folder.glob("AudioWAV/test*.wav"):
         write_wav(path, 0.1 * np.ones(8000))
     ((after, *_),) = load(tmp_path).test.batches(4)  # changed recordings are read anew
     assert torch.equal(before["visual"], after["visual"])
     assert not torch.isclose(before["audio"], after["audio"]).all(dim=(1, 2, 3)).any()
+    rows = [line.split(",")[0] for line in (folder / "train.csv").read_text().splitlines()]
+    lines = [f"{clip},{clips.EMOTIONS[i % 6]}\n" for i, clip in enumerate(rows)]
+    (folder / "train.csv").write_text("".join(lines))
+    with open(folder / "test.csv", "a") as file:
+        file.write(lines[5] + lines[6])
+    assert lines[5].endswith(",ANG\n")
+    splits = load(tmp_path)
+    assert splits.val.labels.sort().values.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.bincount(splits.train.labels).tolist() == [3, 3, 2, 2, 2, 2]
+    assert re.fullmatch(
+        "(warning: [12] of the samples of .* in (train|val) and in test, such as train.*\n){1,2}",
+        capsys.readouterr().err,
+    )
 
 
 @pytest.mark.skipif(not REAL_LISTS.exists(), reason=f"needs {REAL_LISTS}; set DATA_ROOT")
@@ -427,13 +490,16 @@ def cut_off(path):
     ],
 )
 def test_a_clip_that_becomes_unreadable_is_named(copied, num_workers, pattern, damage, message):
-    split = load(copied, num_workers=num_workers).train
+    split, before = (
+        load(copied, num_workers=num_workers).train,
+        {*multiprocessing.active_children()},
+    )
     damage(copied / "crema-d" / pattern)
     for _ in range(2):
         with pytest.raises(UserError, match=message) as caught:
             training(split, 0)
         assert "\n" not in str(caught.value)
-        assert multiprocessing.active_children() == [] and split.loader.shared is None
+        assert {*multiprocessing.active_children()} <= before and split.loader.shared is None
 
 
 LABELS, MADE_UP = json.dumps(clips.EMOTIONS)[1:-1], '"fake": true, "options": {'
@@ -467,11 +533,11 @@ def rewrite(name, old, new):
         (rewrite("clips.csv", ",train,", ",trian,"), r"damaged .*no split is called trian"),
         (
             rewrite("clips.csv", ",1,0.5", ",2,0.5"),
-            r"lacks 5 of what its 16 samples need: frames/train_00001 has 1 of 2 frames, frames/tra",
+            r"lacks 5 of what its 16 samples need: frames/train_00001 has 1 of 2 frames, fram",
         ),
         (
             lambda folder: [path.unlink() for path in folder.glob("audio/t*.wav")],
-            r"lacks 12 of .*: no audio/train_00000.wav, .* no audio/train_00004.wav and 7 more; prep",
+            r"lacks 12 of .*: no audio/train_00000.wav, .* no audio/train_00004.wav and 7 more;",
         ),
         (lambda folder: (folder / "audio/test_00001.wav").write_bytes(b""), "no audio/test_00001"),
         (lambda folder: shutil.rmtree(folder / "frames/test_00003"), "test_00003 has 0 of 3 frame"),
@@ -504,6 +570,9 @@ def test_bad_lists_and_views(prepared, tmp_path):
             load(prepared, "modelnet40", views=views)
     write_prepared(tmp_path, "modelnet40", counts=(12, 11), shape=(32, 32))
     with pytest.raises(UserError, match=r"train_00001 in .* lacks some of its 12 views"):
+        load(tmp_path, "modelnet40")
+    next(tmp_path.glob("modelnet40/frames/val_00002/*")).unlink()
+    with pytest.raises(UserError, match=r"lacks 1 .*: frames/val_00002 has 11 of 12 frames; prep"):
         load(tmp_path, "modelnet40")
 
 

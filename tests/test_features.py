@@ -145,10 +145,16 @@ LATE = {"train_labels": np.arange(40) % 4 + 1, "test_labels": np.arange(40) % 4 
         ({"test_labels": np.zeros(0, int)}, LABELS),
         ({"train_labels": np.array(["cat"] * 40)}, LABELS),
         ({"train_labels": np.arange(40) * 10**9}, r"\.\.\.; number these 43 classes from 0 to 42"),
-        (LATE, r"labels in \S+ are 1, 2, 3, 4; number these 4 classes from 0 to 3, as .* np.unique"),
+        (
+            LATE,
+            r"labels in \S+ are 1, 2, 3, 4; number these 4 classes from 0 to 3, as .* np.unique",
+        ),
         ({"test_labels": np.arange(40) % 2 * 5}, r"are 0, 1, 2, 3, 5; number these 5 classes"),
         ({"train_groups": np.arange(39)}, "train_groups in .* must be whole numbers or words, one"),
-        ({"test_groups": np.zeros(40)}, "test_groups in .* must be whole numbers or words, one for"),
+        (
+            {"test_groups": np.zeros(40)},
+            "test_groups in .* must be whole numbers or words, one for",
+        ),
         ({"val_groups": np.arange(40)}, "an array val_groups that belongs to no modality and"),
         ({"train_groups": np.zeros(40, int)}, "holds one training group, and none for validation"),
         ({"train_sound": np.ones((40, 3)), "test_sound": HUGE}, r"test_sound in .* lies more than"),
@@ -196,8 +202,12 @@ def test_what_would_unpack_to_much_more_than_its_file_is_not_read(tmp_path, monk
     path, name = tmp_path / "bomb.npz", "train_sound.npy"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name, bytes(10**6))
-    path.write_bytes(path.read_bytes().replace(struct.pack("<I", 10**6), struct.pack("<I", 3 * 10**9)))
-    with pytest.raises(UserError, match=r"bomb.npz .* unpacks to 3,000,000,000 bytes; if that is r"):
+    path.write_bytes(
+        path.read_bytes().replace(struct.pack("<I", 10**6), struct.pack("<I", 3 * 10**9))
+    )
+    with pytest.raises(
+        UserError, match=r"bomb.npz .* unpacks to 3,000,000,000 bytes; if that is r"
+    ):
         load(path)
     assert not sizes
 
