@@ -82,26 +82,27 @@ def download(url: str, path: Path) -> None:
         raise PrepareError(f"cannot download {url!r} ({error}): check --url") from error
 
 
-def check_size(recordings: dict[str, bytes], name: str, size: int) -> None:
-    """Raises ValueError if one more of that size cannot belong to the dataset."""
-    if sum(map(len, recordings.values())) + size > MAX_BYTES:
+def subtract(left: int, name: str, size: int) -> int:
+    """How many bytes more there may be; raises ValueError if `size` are too many."""
+    if size > left:
         raise ValueError(f"with {name} of {size:,} bytes it holds more than the dataset")
+    return left - size
 
 
 def read_recordings(archive: Path) -> dict[str, bytes]:
     """Returns the recordings in a zip or tar.gz archive, by base name (21 MB in all)."""
-    recordings = {}
+    recordings, left = {}, MAX_BYTES
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             for member in opened.infolist():
                 if match := FSDD_ENTRY.fullmatch(member.filename):
-                    check_size(recordings, member.filename, member.file_size)
+                    left = subtract(left, member.filename, member.file_size)
                     recordings[match[1]] = opened.read(member)
     else:
         with tarfile.open(archive, "r:gz") as opened:
             for member in opened:
                 if member.isfile() and (match := FSDD_ENTRY.fullmatch(member.name)):
-                    check_size(recordings, member.name, member.size)
+                    left = subtract(left, member.name, member.size)
                     recordings[match[1]] = opened.extractfile(member).read()
     return recordings
 

@@ -42,7 +42,7 @@ def load(root, data_seed):
     """
     data, arrays = identify(root), read(root)
     modalities = [name.removeprefix("train_") for name in arrays if name.startswith("train_")]
-    modalities = [m for m in modalities if m not in ("labels", "groups")]
+    modalities = tuple(m for m in modalities if m not in ("labels", "groups"))
     if not modalities:
         raise UserError(f"{root} holds no array train_<modality>.")
     for m in modalities:
@@ -61,43 +61,23 @@ def load(root, data_seed):
     size = len(parts["train"]["labels"])
     order = torch.randperm(size, generator=make_generator(data_seed, "validation"))
     if "val" not in parts:
-        own = groups["train"] or range(size)  # of every sample
+        own = groups["train"] or range(size)  # a group for every sample
         val = draw_groups([own[i] for i in order.tolist()])
         if val.all():
-            noun = "sample" if size == 1 else "group"
+            noun = "group" if groups["train"] else "sample"
             raise UserError(f"{root} holds one training {noun}, and none for validation.")
         parts["val"] = {name: x[order[val]] for name, x in parts["train"].items()}
         order = order[~val]
     parts["train"] = {name: x[order] for name, x in parts["train"].items()}
     for m in modalities:
-        train = parts["train"][m]
-        mean, std = train.double().mean(dim=0), train.double().std(dim=0, correction=0)
-        std = torch.where(std > 0, std, 1.0)
-        for name, part in parts.items():
-            part[m] = ((part[m] - mean) / std).float()
-            if part[m].abs().max() > FAR:
-                raise UserError(
-                    f"{name}_{m} in {root} lies more than {FAR:g} standard deviations of its "
-                    "training data from their mean, too far for a network; correct or drop it."
-                )
+        standardize(parts, m, root)
     splits = {
         name: TensorSplit({m: part[m] for m in modalities}, part["labels"], dict)
         for name, part in parts.items()
     }
-    labels = torch.cat([split.labels for split in splits.values()]).unique().tolist()
-    classes = len(labels)
-    if labels[-1] != classes - 1:
-        shown = ", ".join(map(str, labels[:10])) + ", ..." * (classes > 10)
-        raise UserError(
-            f"The labels in {root} are {shown}; number these {classes} classes from 0 to "
-            f"{classes - 1}, as the second part of np.unique(labels, return_inverse=True) does."
-        )
+    classes = count_classes(splits, root)
     return Splits(
-        **splits,
-        val_iid=splits["val"],
-        modalities=tuple(modalities),
-        num_classes=classes,
-        data=data,
+        **splits, val_iid=splits["val"], modalities=modalities, num_classes=classes, data=data
     )
 
 
@@ -151,6 +131,33 @@ def read_groups(arrays, split, labels, path):
             f"{split}_groups in {path} must be whole numbers or words, one for each label."
         )
     return groups.tolist()
+
+
+def standardize(parts, m, path):
+    """Bring modality `m` of all parts to mean 0 and variance 1 over the training data, in place."""
+    train = parts["train"][m]
+    mean, std = train.double().mean(dim=0), train.double().std(dim=0, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    for name, part in parts.items():
+        part[m] = ((part[m] - mean) / std).float()
+        if part[m].abs().max() > FAR:
+            raise UserError(
+                f"{name}_{m} in {path} has a number more than {FAR:g} standard deviations of that "
+                "feature's training data from their mean; correct it, or leave the feature out."
+            )
+
+
+def count_classes(splits, path):
+    """C, where the labels of all splits together are 0 to C - 1; UserError for others."""
+    labels = torch.cat([split.labels for split in splits.values()]).unique().tolist()
+    count = len(labels)
+    if labels[-1] != count - 1:
+        shown = ", ".join(map(str, labels[:10])) + ", ..." * (count > 10)
+        raise UserError(
+            f"The labels in {path} are {shown}; number these {count} classes from 0 to "
+            f"{count - 1}, as the second part of np.unique(labels, return_inverse=True) does."
+        )
+    return count
 
 
 def draw_groups(groups):
