@@ -13,7 +13,7 @@ Both have the same number of workers; ours ends with floats of the whole batch o
 (c) What the first epoch costs, which also computes the spectrograms and fills the cache: the
     first epoch of (b) / an epoch of the usual way.
 (d) Private memory of a process after as many batches from four times as many clips, less that
-    from the fewer: what grows with the clips beside the files that are mapped.
+    from the fewer: what grows with the clips.
 (e) With a GPU: the share of an epoch of ResNet-18 training, from the cache, that is spent waiting
     for data: 1 - time of as many steps on one batch that stays on the GPU / time of the epoch.
 

@@ -199,7 +199,7 @@ def given_flags(script, argv):
 
 def shared_knobs(dataset):
     """Names of the shared flags that decide a run's result, whatever the script."""
-    own = ["data"] if DATASETS[dataset].identify else []
+    own = ["data"] if DATASETS[dataset].own else []
     own += ["pretrained"] if "pretrained" in encoder_options(dataset) else []
     return [
         *("dataset", *own, "data_seed", "train_samples", *DATASETS[dataset].dials),
@@ -230,9 +230,9 @@ class Command:
             torch.set_num_threads(args.threads or 1)
         args.pretrained = getattr(args, "pretrained", False)
         dataset = DATASETS[args.dataset]
-        args.data = dataset.identify(args.data_root) if dataset.identify else None
         self.defaults = self.fill_in(args, dataset)
         splits = self.load_splits(args, dataset)
+        args.data = splits.data
         for flag, words in script.naming.items():
             known = (*words, *splits.modalities)
             if getattr(args, flag) not in (None, *known):
@@ -366,7 +366,8 @@ TORCH_ERRORS = {
     "without overflow": "A number became too large for float32; try a lower --lr, or a lower "
     "weight of the method's own terms.",
     "DataLoader worker": "A process that reads the files was ended from outside; if memory was "
-    "short, choose fewer --num-workers. --resume goes on from the last whole epoch.",
+    "short, or shared memory (docker run --shm-size), choose fewer --num-workers. --resume goes on "
+    "from the last whole epoch.",
 }
 
 

@@ -1,4 +1,6 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and the one way to warn."""
+
+import sys
 
 
 class UserError(Exception):
@@ -6,3 +8,8 @@ class UserError(Exception):
 
     `command_line.run_command` prints it and exits with status 1; library code may catch it.
     """
+
+
+def warn(sentence):
+    """Say on stderr what a user should know of a result that is right all the same."""
+    print(f"warning: {sentence}", file=sys.stderr)

@@ -91,7 +91,7 @@ def format_text(rows):
 def made_up(data):
     """A warning to stand behind the name of a dataset that `data/prepare.py --fake` has made.
 
-    data: what identifies the data, see `datasets.Dataset`.
+    data: what identifies the data, see `datasets.Splits`.
     """
     fake = str(data).startswith("fake-")
     return ", MADE-UP DATA: the numbers mean nothing" if fake else ""

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -21,7 +23,7 @@ from torchvision.transforms import functional as TF
 
 import pmr
 from common.command_line import Command, parse_flags, run_command
-from common.datasets import DATASETS, clips, load_dataset
+from common.datasets import DATASETS, clips, file_splits, load_dataset
 from common.datasets.clips import SPECTROGRAMS
 from common.datasets.file_splits import MEAN, STD
 from common.datasets.files import DiskRows, center_box, crop_box, cut, read_image, resize
@@ -200,11 +202,14 @@ def test_workers_change_no_result(prepared):
         random.seed(epoch), torch.manual_seed(epoch), np.random.seed(epoch)
         assert equal(training(helped.train, epoch), expected[epoch])
     processes = helped.train.loader.shared._iterator._workers
-    left = iter(helped.train.batches(1, make_generator(5), augment=True))
+    left, outer = (helped.train.batches(1, make_generator(5), augment=True) for _ in range(2))
     next(left)
     inside = training(helped.train, 0)
     del left
     assert equal(inside, expected[0]) and equal(training(helped.train, 1), expected[1])
+    first = next(outer)
+    inside = training(helped.train, 0)
+    assert equal([first, *outer], training(alone.train, 5, 1)) and equal(inside, expected[0])
     assert equal(list(helped.test.batches(3)), list(alone.test.batches(3)))
     assert helped.train.loader.shared._iterator._workers is processes  # the same all along
     for splits in (alone, helped):  # whoever draws between batches gets the same with any number
@@ -215,6 +220,52 @@ def test_workers_change_no_result(prepared):
         list(passing)
         assert torch.equal(generator.get_state(), state)
         assert torch.equal(torch.get_rng_state(), before)  # initialisation and dropout draw there
+
+
+def test_processes_end_with_their_splits(prepared):
+    splits = load(prepared, num_workers=1)
+    list(splits.val.batches(4))
+    shared = splits.val.loader.shared
+    (process,), limit = shared._iterator._workers, shared.timeout
+    assert process.is_alive() and limit == file_splits.LONGEST_WAIT > 0
+    del splits, shared
+    assert not process.is_alive()
+
+
+def test_a_large_batch_is_put_together_of_several_reads(prepared, monkeypatch):
+    expected = training(load(prepared).train, 0, 8)
+    monkeypatch.setattr(file_splits, "AT_A_TIME", 3)
+    split = load(prepared).train
+    assert equal(training(split, 0, 8), expected) and not split.loader.busy
+
+
+def test_too_little_shared_memory_is_one_sentence(prepared, monkeypatch):
+    """9 reads of 16 samples, of 3 frames of 32 x 32 and a spectrogram each, are 29 MB."""
+    hint = r".*docker run --shm-size.* --num-workers 0 needs none\.$"
+    splits, free = load(prepared, num_workers=2), SimpleNamespace(free=29_000_000)
+    monkeypatch.setattr(file_splits.shutil, "disk_usage", lambda path: free)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="^2 processes .* need 29 MB .* has 29 MB free; " + hint
+        ):
+            training(splits.train, 0)
+    assert training(load(prepared).train, 0)
+    free.free = 30_000_000
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "share_memory_", full)
+        with pytest.raises(UserError, match="^Shared memory is full; " + hint):
+            training(splits.train, 0)
+    assert training(splits.train, 0)
+    failing = iter([RuntimeError("DataLoader timed out after 600 seconds"), RuntimeError("bug")])
+    monkeypatch.setattr(splits.loader, "pass_on", lambda *_: (_ for _ in ()).throw(next(failing)))
+    with pytest.raises(UserError, match="^Nothing came from .* for 600 s; .* short, " + hint):
+        training(splits.train, 0)
+    with pytest.raises(RuntimeError, match="bug"):
+        training(splits.train, 0)
 
 
 # ---- Pixels ----
@@ -318,12 +369,11 @@ def test_spectrograms_and_frames_are_computed_once(copied):
     assert equal(training(load(copied, **dials).train, 0, 8), expected)  # 48 x 64 stays as it is
     for path in (*folder.glob("audio/*.wav"), *folder.glob("frames/*/*.jpg")):
         if path.parent.name != "train_00000":  # the first one tells the size
-            path.unlink()
+            before = path.stat()
+            path.write_bytes(bytes(before.st_size))
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     again = load(copied, **dials)
     assert equal(training(again.train, 0, 8), expected)
-    kept = again.train.loader.files
-    assert isinstance(kept.cache.rows, np.memmap)
-    assert isinstance(kept.spectrograms.kept.rows, np.memmap)
     path = folder / "clips.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]))
     load(copied)  # new samples make a new cache
@@ -332,13 +382,38 @@ def test_spectrograms_and_frames_are_computed_once(copied):
 
 def test_a_row_counts_when_it_is_whole(tmp_path):
     """A kill between the values and their tag leaves a row that is computed anew."""
-    rows = DiskRows(tmp_path / "cache" / "x.rows", 3, (2,), np.float32)
-    rows.rows["values"][1] = 7
+    path = tmp_path / "cache" / "x.rows"
+    rows = DiskRows(path, 3, (2,), np.float32)
+    empty = path.read_bytes()
     assert rows.get(1, lambda: (2.5, torch.tensor([3.0, 4.0])))[1].tolist() == [3, 4]
-    again = DiskRows(tmp_path / "cache" / "x.rows", 3, (2,), np.float32)
+    again = DiskRows(path, 3, (2,), np.float32)
     tag, values = again.get(1, lambda: pytest.fail("it is there"))
     assert (tag, values.tolist()) == (2.5, [3, 4])
     assert again.get(0, lambda: (1, np.zeros(2)))[0] == 1
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(np.float32([2.5]).tobytes(), bytes(4)))
+    assert again.get(1, lambda: (1, np.ones(2)))[1].tolist() == [1, 1]
+    path.write_bytes(whole[:-20])  # cut in the middle of row 1 while it is in use
+    assert again.get(1, lambda: (1, np.ones(2)))[1].tolist() == [1, 1]
+    for content in (whole[:-5], bytes(len(whole)), whole.replace(b"version 1", b"version 0")):
+        path.write_bytes(content)
+        DiskRows(path, 3, (2,), np.float32)
+        assert path.read_bytes() == empty
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_cache_file_that_is_a_link_is_replaced_and_what_it_points_to_stays(tmp_path, link):
+    (tmp_path / "thesis").write_text("years of work")
+    path = tmp_path / "cache" / "x.rows"
+    path.parent.mkdir()
+    link(tmp_path / "thesis", path)
+    rows = DiskRows(path, 3, (2,), np.float32)
+    assert rows.get(1, lambda: (1, np.ones(2)))[1].tolist() == [1, 1] and not path.is_symlink()
+    path.unlink(), os.symlink(tmp_path / "thesis", path)  # and while it is in use
+    with pytest.raises(UserError, match=r"Cannot write \S+x.rows"):
+        rows.get(0, lambda: (1, np.ones(2)))
+    assert (tmp_path / "thesis").read_text() == "years of work"
+    assert {found.name for found in path.parent.iterdir()} == {"x.rows"}
 
 
 def test_a_clip_of_another_shape_is_cached_in_its_own_proportions(tmp_path):
@@ -358,7 +433,7 @@ def test_a_clip_of_another_shape_is_cached_in_its_own_proportions(tmp_path):
 # ---- The community's tree, and real data ----
 
 
-def test_the_tree_of_ogm_ge_and_pmr(tmp_path):
+def test_the_tree_of_ogm_ge_and_pmr(tmp_path, capsys):
     folder, splits = write_community(tmp_path), load(tmp_path)
     train, val, test = splits.train, splits.val, splits.test
     assert splits.sizes == {"train": 18, "val": 2, "val_iid": 2, "test": 4}
@@ -371,12 +446,26 @@ def test_the_tree_of_ogm_ge_and_pmr(tmp_path):
     assert sorted(val.labels.tolist()) == [0, 1]  # a tenth of every class
     other = load(tmp_path, data_seed=1)
     assert {*other.val.tensors["row"].tolist()} != {*val.tensors["row"].tolist()}
+    assert capsys.readouterr().err == ""
     ((before, *_),) = test.batches(4)
     for path in folder.glob("AudioWAV/test*.wav"):
         write_wav(path, 0.1 * np.ones(8000))
     ((after, *_),) = load(tmp_path).test.batches(4)  # changed recordings are read anew
     assert torch.equal(before["visual"], after["visual"])
     assert not torch.isclose(before["audio"], after["audio"]).all(dim=(1, 2, 3)).any()
+    rows = [line.split(",")[0] for line in (folder / "train.csv").read_text().splitlines()]
+    lines = [f"{clip},{clips.EMOTIONS[i % 6]}\n" for i, clip in enumerate(rows)]
+    (folder / "train.csv").write_text("".join(lines))
+    with open(folder / "test.csv", "a") as file:
+        file.write(lines[5] + lines[6])
+    assert lines[5].endswith(",ANG\n")
+    splits = load(tmp_path)
+    assert splits.val.labels.sort().values.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.bincount(splits.train.labels).tolist() == [3, 3, 2, 2, 2, 2]
+    assert re.fullmatch(
+        "(warning: [12] of the samples of .* in (train|val) and in test, such as train.*\n){1,2}",
+        capsys.readouterr().err,
+    )
 
 
 @pytest.mark.skipif(not REAL_LISTS.exists(), reason=f"needs {REAL_LISTS}; set DATA_ROOT")
@@ -384,7 +473,8 @@ def test_the_real_lists_of_crema_d(tmp_path):
     (tmp_path / "crema-d" / "Image-01-FPS").mkdir(parents=True)
     for name in ("train.csv", "test.csv"):
         shutil.copy(REAL_LISTS / name, tmp_path / "crema-d")
-    with pytest.raises(UserError, match="no frames of 7442 of 7442 samples, such as 1088_IOM"):
+    sentence = r"lacks 14,884 of .* 7,442 samples need: Image-01-FPS/\w+ has 0 of 1 frames, no Aud"
+    with pytest.raises(UserError, match=sentence):
         load_dataset("crema-d", tmp_path)
 
 
@@ -402,7 +492,7 @@ def cut_off(path):
         (
             "frames/train_00000/0002.jpg",
             cut_off,
-            r"0002.jpg is no readable image; fetch or prepare",
+            r"0002.jpg is no readable image \(OSError\); fetch or prepare",
         ),
         ("frames/train_00003/0001.jpg", Path.unlink, r"3 holds 2 frames in place of 3; extract"),
         ("audio/train_00005.wav", Path.unlink, r"train_00005.wav is no readable WAV file"),
@@ -412,16 +502,20 @@ def cut_off(path):
         ),
     ],
 )
-def test_an_unreadable_clip_is_named(copied, num_workers, pattern, damage, message):
+def test_a_clip_that_becomes_unreadable_is_named(copied, num_workers, pattern, damage, message):
+    split, before = (
+        load(copied, num_workers=num_workers).train,
+        {*multiprocessing.active_children()},
+    )
     damage(copied / "crema-d" / pattern)
-    split = load(copied, num_workers=num_workers).train
     for _ in range(2):
         with pytest.raises(UserError, match=message) as caught:
             training(split, 0)
         assert "\n" not in str(caught.value)
+        assert {*multiprocessing.active_children()} <= before and split.loader.shared is None
 
 
-LABELS = json.dumps(clips.EMOTIONS)[1:-1]
+LABELS, MADE_UP = json.dumps(clips.EMOTIONS)[1:-1], '"fake": true, "options": {'
 
 
 def rewrite(name, old, new):
@@ -451,9 +545,18 @@ def rewrite(name, old, new):
         (rewrite("clips.csv", ",val,", ",train,"), r"lists no val samples"),
         (rewrite("clips.csv", ",train,", ",trian,"), r"damaged .*no split is called trian"),
         (
-            rewrite("clips.csv", ",1,0.5", ",0,0.5"),
-            r"no frames of 5 of 16 samples, such as train_00001",
+            rewrite("clips.csv", ",1,0.5", ",2,0.5"),
+            r"lacks 5 of what its 16 samples need: frames/train_00001 has 1 of 2 frames, fram",
         ),
+        (
+            lambda folder: [path.unlink() for path in folder.glob("audio/t*.wav")],
+            r"lacks 12 of .*: no audio/train_00000.wav, .* no audio/train_00004.wav and 7 more;",
+        ),
+        (lambda folder: (folder / "audio/test_00001.wav").write_bytes(b""), "no audio/test_00001"),
+        (lambda folder: shutil.rmtree(folder / "frames/test_00003"), "test_00003 has 0 of 3 frame"),
+        (rewrite("manifest.json", MADE_UP, '"options": {"split": "../up"'), r"is called \.\./up"),
+        (lambda folder: (folder / "manifest.json").write_text("[" * 10**5), "damaged .Recursion"),
+        (lambda folder: (folder / "clips.csv").write_text("id\n" + "a" * 140_000), "damaged .Err"),
         (rewrite("clips.csv", ",1,0.5", ",many,0.5"), r"damaged \(ValueError"),
         (lambda folder: (folder / "cache").write_text(""), r"Cannot write \S+cache\S+ \("),
     ],
@@ -480,6 +583,9 @@ def test_bad_lists_and_views(prepared, tmp_path):
             load(prepared, "modelnet40", views=views)
     write_prepared(tmp_path, "modelnet40", counts=(12, 11), shape=(32, 32))
     with pytest.raises(UserError, match=r"train_00001 in .* lacks some of its 12 views"):
+        load(tmp_path, "modelnet40")
+    next(tmp_path.glob("modelnet40/frames/val_00002/*")).unlink()
+    with pytest.raises(UserError, match=r"lacks 1 .*: frames/val_00002 has 11 of 12 frames; prep"):
         load(tmp_path, "modelnet40")
 
 
@@ -639,27 +745,35 @@ def test_a_batch_of_one_too_small_for_batchnorm_is_one_sentence(run, thin_resnet
         run_command(lambda: run("pmr", "modelnet40", *flags))
 
 
-def test_folders_are_told_apart(prepared, run, thin_resnet, tmp_path, capsys):
-    identify = DATASETS["crema-d"].identify
-    name = identify(prepared)
-    assert re.fullmatch(r"fake-[0-9a-f]{8}", name) and identify(tmp_path) is None
+@pytest.mark.parametrize("write", [write_prepared, write_community])
+def test_changed_files_behind_the_same_lists_make_another_run(tmp_path, write):
+    folder = write(tmp_path, **({"name": "crema-d"} if write is write_prepared else {}))
+    first, names = load(tmp_path), set()
+    frame, sound = next(folder.glob("*/t*/*1.jpg")), next(folder.glob("*/t*.wav"))
+    (frame.parent / "._0001.jpg").write_bytes(b"left by a Mac")
+    (frame.parent / ".DS_Store").write_bytes(b"so is this")
+    assert load(tmp_path, data_seed=1).data == first.data
+    assert re.fullmatch(r"(fake|lists)-[0-9a-f]{8}", first.data)
+    for path in (frame, sound):
+        before = path.stat()
+        os.utime(path, ns=(0, before.st_mtime_ns + 1))  # as an equal size may hide
+        names.add(load(tmp_path).data)
+        path.write_bytes(path.read_bytes() + b"0")
+        os.utime(path, ns=(0, before.st_mtime_ns + 1))
+        names.add(load(tmp_path).data)
+    frame.rename(frame.with_name("a.jpg"))
+    names.add(load(tmp_path).data)
+    (path,) = [path for name in ("clips", "test") for path in folder.glob(f"{name}.csv")]
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    names.add(load(tmp_path).data)
+    assert len(names | {first.data}) == 7
+
+
+def test_runs_name_the_folders_content(prepared, run, thin_resnet, tmp_path, capsys):
     run("pmr", "crema-d", "--method", "joint")
     assert "crema-d, MADE-UP DATA: the numbers mean nothing, test split" in capsys.readouterr().out
     (folder,) = (tmp_path / "runs" / "pmr" / "crema-d").iterdir()
-    assert f"-data={name}-" in folder.name
-    manifest, copy = prepared / "crema-d" / "manifest.json", tmp_path / "other" / "crema-d"
-    copy.mkdir(parents=True)
-    (copy / "manifest.json").write_text(manifest.read_text().replace("format", "version"))
-    shutil.copy(manifest.with_name("clips.csv"), copy)
-    assert identify(tmp_path / "other") not in (name, None)  # other pixels
-    names = []
-    for clip in ("1001_DFA_ANG_X0", "1001_DFA_ANG_X1"):  # trees of the community
-        folder = tmp_path / clip / "crema-d"
-        (folder / "Image-01-FPS").mkdir(parents=True)
-        (folder / "train.csv").write_text(f"{clip},ANG\n")
-        (folder / "test.csv").write_text("1002_DFA_ANG_XX,ANG\n")
-        names.append(identify(tmp_path / clip))
-    assert names[0] != names[1] and all(name.startswith("lists-") for name in names)
+    assert f"-data={load(prepared).data}-" in folder.name
 
 
 EVERY_SCRIPT = ("pmr", "baselines", "umt_ume", "mhm", "greedy_balance")

@@ -1,6 +1,10 @@
 """The datasets: sizes, splits that do not overlap, colors, degradation, and what is missing."""
 
 import math
+import random
+import struct
+import zlib
+from collections import Counter
 from functools import cache
 
 import numpy as np
@@ -8,10 +12,11 @@ import pytest
 import torch
 import torchvision
 from fake_clips import write_wav
+from PIL import Image
 from sklearn.datasets import load_digits as load_scikit_digits
 
 from common.datasets import TensorSplit, av_digits, colored_digits, load_dataset
-from common.datasets.files import read_wav
+from common.datasets.files import read_image, read_wav
 from common.errors import UserError
 
 load = cache(load_dataset)  # for all tests here, which change nothing
@@ -180,7 +185,7 @@ def test_images_and_labels_are_scikit_learns_and_never_overlap():
 
 def test_colors_tell_the_digit_in_training_and_nothing_in_the_test():
     means, digits = colored_digits.MEAN_COLORS, load("digits")
-    assert (means[9] * 255).tolist() == [128, 0, 0]
+    assert (means[[0, 9]] * 255).tolist() == [[220, 20, 60], [128, 0, 0]]
     for name in ("train", "val_iid", "val", "test"):
         split = getattr(digits, name)
         distance = torch.cdist(split.tensors["color"], means).min(dim=1)
@@ -310,6 +315,46 @@ def test_bad_recordings_are_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"3_a_7.wav is no readable WAV"):
             read_wav(path, 8000)
+
+
+def claim_size(path, width, height):
+    """A PNG without pixels whose header says how many it has."""
+    Image.new("L", (1, 1)).save(path)
+    header = b"IHDR" + struct.pack(">II", width, height) + b"\x08\x00\x00\x00\x00"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_whatever_is_wrong_with_a_file_is_one_sentence_with_its_name(tmp_path):
+    rng, image, refused = random.Random(0), Image.effect_noise((24, 24), 50), Counter()
+    write_wav(tmp_path / "x.wav", np.random.default_rng(0).uniform(-1, 1, 200), 8000)
+    image.save(tmp_path / "x.png"), image.save(tmp_path / "x.jpg")
+
+    def look(path):
+        try:
+            read_wav(path, 8000) if path.suffix == ".wav" else read_image(path)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused[path.suffix] += 1
+
+    for path in [tmp_path / f"x.{kind}" for kind in ("wav", "png", "jpg")]:
+        whole = path.read_bytes()
+        look(path)
+        assert refused[path.suffix] == 0
+        for _ in range(200):
+            damaged = bytearray(whole)
+            for _ in range(rng.randint(1, 4)):
+                damaged[rng.randrange(200 if path.suffix == ".jpg" else 60)] = rng.randrange(256)
+            path.write_bytes(damaged[: rng.choice([len(whole), rng.randrange(len(whole))])])
+            look(path)
+        assert refused[path.suffix] > 80
+    for side in (6_500, 30_000):
+        claim_size(tmp_path / "large.png", side, side)
+        with pytest.raises(
+            UserError, match=r"large.png is no readable image \(DecompressionBombEr"
+        ):
+            read_image(tmp_path / "large.png")
 
 
 def test_takes_decide_the_split_and_a_missing_recording_is_named(tmp_path):

@@ -1,11 +1,15 @@
 """The dataset `features`: a user's own .npz, how it is read and what is said of a bad one."""
 
+import re
+import struct
+import zipfile
+
 import numpy as np
 import pytest
 import torch
 
 import pmr
-from common.datasets import DATASETS, load_dataset
+from common.datasets import features, load_dataset
 from common.errors import UserError
 
 WIDTHS = {"sound": 3, "sight": 5, "text": 2}
@@ -80,6 +84,27 @@ def test_constant_features_become_zero_and_a_class_may_be_in_the_test_alone(writ
     assert splits.num_classes == 7
 
 
+def test_no_group_is_in_training_and_in_validation(write, capsys):
+    """Groups by the number in `sound`: 3 samples of each of 20, then 40 of one more."""
+    group = np.r_[np.arange(60) % 20, np.full(40, 20)]
+    number = np.repeat(group[:, None], 3, axis=1)
+    words = np.array([f"speaker {i}" for i in group])
+    found = []
+    for groups, test in ((words, None), (group, 2 * group)):
+        path = write(count=100, train_sound=number, train_groups=groups, test_groups=test)
+        for seed in range(10):
+            splits = load(path, data_seed=seed)
+            train, val = ({*s.tensors["sound"][:, 0].tolist()} for s in (splits.train, splits.val))
+            assert len(train) + len(val) == 21 and not train & val
+            assert len(splits.val) == 9 and len(splits.train) == 91  # a tenth would be 10
+            found.append(frozenset(val))
+    assert found[:10] == found[10:] and len({*found}) == 10
+    warned = "warning: 11 of the groups of .* are in train and in test, such as 0; what is measured"
+    assert re.fullmatch(f"({warned}.*\n){{10}}", capsys.readouterr().err)  # 0, 2, ..., 20
+    large = write(train_groups=np.arange(40) // 15)  # 15, 15 and 10: none is as small as a tenth
+    assert {len(load(large, data_seed=seed).val) for seed in range(5)} == {10}
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int32", "uint8"])
 def test_numbers_of_any_kind(write, dtype):
     x = np.arange(120).reshape(40, 3).astype(dtype)
@@ -92,13 +117,15 @@ def test_runs_name_the_file_and_its_content(write, tmp_path):
         pmr.main([*flags, "--out", str(tmp_path / "runs"), "--data-root", write(**changes)])
     names = [path.name for path in (tmp_path / "runs" / "pmr" / "features").iterdir()]
     assert len(names) == 2 and all(name.startswith("joint-concat-data=mine-") for name in names)
-    assert DATASETS["features"].identify(write()) in " ".join(names)
+    assert load(write()).data in " ".join(names)
 
 
 # ---- Bad files ----
 
 LABELS = "must be whole numbers from 0"
 NAME = "cannot be a modality's name"
+HUGE = np.full((40, 3), 3e38)  # finite in float32, unlike its square
+LATE = {"train_labels": np.arange(40) % 4 + 1, "test_labels": np.arange(40) % 4 + 1}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +144,23 @@ NAME = "cannot be a modality's name"
         ({"test_labels": np.full(40, -1)}, LABELS),
         ({"test_labels": np.zeros(0, int)}, LABELS),
         ({"train_labels": np.array(["cat"] * 40)}, LABELS),
-        ({"train_labels": np.arange(40) * 10**9}, r"A label in .* is 39000000000; number the"),
+        ({"train_labels": np.arange(40) * 10**9}, r"\.\.\.; number these 43 classes from 0 to 42"),
+        (
+            LATE,
+            r"labels in \S+ are 1, 2, 3, 4; number these 4 classes from 0 to 3, as .* np.unique",
+        ),
+        ({"test_labels": np.arange(40) % 2 * 5}, r"are 0, 1, 2, 3, 5; number these 5 classes"),
+        ({"train_groups": np.arange(39)}, "train_groups in .* must be whole numbers or words, one"),
+        (
+            {"test_groups": np.zeros(40)},
+            "test_groups in .* must be whole numbers or words, one for",
+        ),
+        ({"val_groups": np.arange(40)}, "an array val_groups that belongs to no modality and"),
+        ({"train_groups": np.zeros(40, int)}, "holds one training group, and none for validation"),
+        (
+            {"train_sound": np.ones((40, 3)), "test_sound": HUGE},
+            r"test_sound in .* more than 1e\+09 standard dev",
+        ),
         ({"train_sound": np.ones(40)}, r"train_sound in .* of shape \(40, D\)"),
         ({"train_sound": np.ones((40, 2, 2))}, r"it is float64 of shape \(40, 2, 2\)"),
         ({"train_sound": np.ones((39, 3))}, r"it is float64 of shape \(39, 3\)"),
@@ -154,6 +197,22 @@ def test_files_of_another_kind_are_one_sentence(tmp_path, content):
     with pytest.raises(UserError, match=r"mine\.npz is not a \.npz file of plain arrays") as info:
         load(tmp_path / "mine.npz")
     assert "\n" not in str(info.value)
+
+
+def test_what_would_unpack_to_much_more_than_its_file_is_not_read(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(features.np.lib.format, "read_array", lambda *_, **__: sizes.append(1))
+    path, name = tmp_path / "bomb.npz", "train_sound.npy"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, bytes(10**6))
+    path.write_bytes(
+        path.read_bytes().replace(struct.pack("<I", 10**6), struct.pack("<I", 3 * 10**9))
+    )
+    with pytest.raises(
+        UserError, match=r"bomb.npz .* unpacks to 3,000,000,000 bytes; if that is r"
+    ):
+        load(path)
+    assert not sizes
 
 
 @pytest.mark.parametrize(

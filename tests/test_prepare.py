@@ -25,8 +25,9 @@ LINK = f"{TOP}/recordings/0_a_7.wav"
 GOOD |= {f"{TOP}/README.md": b"no recording", f"{TOP}/recordings/notes.txt": b"no recording"}
 
 
-def make_tar(entries, link=None):
-    """entries: name -> bytes; link: the name of a symbolic link out of the archive."""
+def make_tar(entries, link=None, large=None):
+    """entries: name -> bytes; link: the name of a symbolic link out of the archive; large: of a
+    file that is to have 2.5 GB."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
         for name, content in entries.items():
@@ -34,7 +35,11 @@ def make_tar(entries, link=None):
             info.size = len(content)
             if name == link:
                 info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
-            archive.addfile(info, io.BytesIO(content))
+            if name == large:
+                info.size = 2_500_000_000
+                archive.fileobj.write(info.tobuf())
+            else:
+                archive.addfile(info, io.BytesIO(content))
     return file.getvalue()
 
 
@@ -53,6 +58,8 @@ BODIES = {
     "/html": b"<html>please log in</html>",
     "/half-tar": make_tar(GOOD)[:-100],
     "/half-zip": make_zip(GOOD)[:-100],
+    "/large-tar": make_tar(GOOD, large=LINK),
+    "/large-zip": make_zip(GOOD).replace(*(struct.pack("<II", x, x) for x in (500, 2_500_000_000))),
     "/other": make_tar(GOOD | {LINK: b"other"}),
     "/nothing": make_tar({f"{TOP}/README.md": b"text"}),
     "/link": make_tar({LINK: b""}, LINK),
@@ -210,6 +217,10 @@ EMPTY = ("has no recordings/*.wav", prepare.FSDD_URL)
         *((path, DAMAGED) for path in ("/empty", "/html", "/half-tar", "/half-zip")),
         ("/other", ("4 recordings", "SHA-256", "not the expected {sha256}", "try again")),
         ("/nothing", EMPTY),
+        *(
+            (path, (DAMAGED[0], "unpacks to more than 64 MB"))
+            for path in ("/large-tar", "/large-zip")
+        ),
         ("/link", EMPTY),
     ],
 )

@@ -183,6 +183,18 @@ def test_public_lists_of_ave(tmp_path):
     assert kinds["leak, removed"] == 18
 
 
+def test_classes_of_ave_are_in_the_order_of_the_test_list(tmp_path):
+    lists = {
+        "train": "Horn Bark Accordion Train",
+        "val": "Train Horn",
+        "test": "Bark Horn Train Bark",
+    }
+    for split, labels in lists.items():
+        lines = [f"{label}&{split}{i}&good&0&10\n" for i, label in enumerate(labels.split())]
+        (tmp_path / f"{split}Set.txt").write_text("".join(lines))
+    assert sources.read_ave(tmp_path, tmp_path).classes == ["Bark", "Horn", "Train", "Accordion"]
+
+
 @public("ave")
 def test_drawn_splits_of_ave_have_no_leak():
     listing = list_rows("ave", FORMATS / "ave")

@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..errors import UserError
-from . import av_digits, clips, colored_digits, features, listing, mfeat, synthetic, views
+from . import av_digits, clips, colored_digits, features, mfeat, synthetic, views
 from .base import Splits, TensorSplit, split_folds
 
 __all__ = ["DATASETS", "Dataset", "Splits", "TensorSplit", "load_dataset", "split_folds"]
@@ -18,27 +18,22 @@ __all__ = ["DATASETS", "Dataset", "Splits", "TensorSplit", "load_dataset", "spli
 class Dataset(NamedTuple):
     """A loader and what the command line must know of it.
 
-    dials:    name -> Dial, the keyword arguments that a user may turn.
-    small:    whether a script compares its methods here when none is named.
-    identify: for data that a user brings, root -> a name by which runs on them are told apart.
+    dials: name -> Dial, the keyword arguments that a user may turn.
+    small: whether a script compares its methods here when none is named.
+    own:   whether a user brings the data; `Splits.data` tells them apart.
     protocols: name -> flag -> what --protocol NAME sets it to.
     """
 
     load: Callable
     dials: dict
     small: bool = True
-    identify: Callable | None = None
+    own: bool = False
     protocols: dict = {}  # noqa: RUF012
 
 
-def from_files(name, load, dials):
-    """A dataset whose files data/prepare.py has put under `root`/`name`."""
-    return Dataset(load, dials, small=False, identify=partial(listing.identify, name))
-
-
 def from_clips(name, num_frames, spectrogram):
-    dataset = from_files(name, partial(clips.load, name), clips.dials(num_frames, spectrogram))
-    return dataset._replace(protocols=clips.PROTOCOLS.get(name, {}))
+    load, dials = partial(clips.load, name), clips.dials(num_frames, spectrogram)
+    return Dataset(load, dials, small=False, own=True, protocols=clips.PROTOCOLS.get(name, {}))
 
 
 DATASETS = {
@@ -47,11 +42,11 @@ DATASETS = {
     "av-digits": Dataset(av_digits.load, av_digits.DIALS),
     "synthetic": Dataset(synthetic.load, synthetic.DIALS),
     "mfeat": Dataset(mfeat.load, mfeat.DIALS),
-    "features": Dataset(features.load, {}, identify=features.identify),
+    "features": Dataset(features.load, {}, own=True),
     "crema-d": from_clips("crema-d", num_frames=3, spectrogram="pmr-3s"),
     "ave": from_clips("ave", num_frames=4, spectrogram="pmr-10s"),
     "vggsound": from_clips("vggsound", num_frames=3, spectrogram="pmr-10s"),
-    "modelnet40": from_files("modelnet40", views.load, views.DIALS),
+    "modelnet40": Dataset(views.load, views.DIALS, small=False, own=True),
 }
 
 

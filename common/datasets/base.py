@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
+
+from ..errors import warn
 
 
 class TensorSplit:
@@ -99,7 +102,8 @@ class Splits:
     """Train, validation and test of one dataset.
 
     val follows the test distribution; val_iid holds the same items under the training rule, where
-    the two differ (colors), and is `val` itself elsewhere.
+    the two differ (colors), and is `val` itself elsewhere. data: a name for what a user brought,
+    another one as soon as a file is changed.
     """
 
     train: TensorSplit
@@ -109,6 +113,7 @@ class Splits:
     modalities: tuple[str, ...]
     num_classes: int
     loader: object = None  # of a dataset that stays in files: has the number of workers
+    data: str | None = None
 
     NAMES = ("train", "val", "val_iid", "test")
 
@@ -150,6 +155,16 @@ class Splits:
             return found
 
         return replace(self.map(double), modalities=names)
+
+
+def warn_of_shared(what, members):
+    """Say which of `what` are in two splits; members: split -> their names."""
+    for one, other in combinations(members, 2):
+        if shared := sorted({*members[one]} & {*members[other]}):
+            warn(
+                f"{len(shared):,} of the {what} are in {one} and in {other}, such as {shared[0]}; "
+                "what is measured there says little about unseen ones."
+            )
 
 
 def split_folds(order, num_folds):

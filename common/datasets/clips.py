@@ -7,7 +7,6 @@ PMR's code have: train.csv, test.csv, Image-01-FPS/<clip>/*.jpg and AudioWAV/<cl
 import argparse
 import csv
 import math
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ..flags import Dial, number
 from ..seeding import make_generator
 from .file_splits import make_splits, normalize_frames
 from .files import DIALS, DiskRows, Files, crop_box, read_wav
-from .listing import frame_names, is_community, make_listing, read_listing
+from .listing import is_community, make_listing, read_listing
 
 MODALITIES = ("audio", "visual")
 SAMPLE_RATE = 16_000  # Hz
@@ -163,13 +162,12 @@ def read_community(folder, data_seed):
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 rows += [(clip, EMOTIONS.index(label), name) for clip, label in csv.reader(file)]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, csv.Error) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); it should have lines such as "
                 "1001_DFA_ANG_XX,ANG."
             ) from error
     ids, labels = [clip for clip, _, _ in rows], [label for _, label, _ in rows]
-    counts = [len(frame_names(folder / "Image-01-FPS" / clip)) for clip in ids]
     train, test = (
         np.flatnonzero([part == name for _, _, part in rows]) for name in ("train", "test")
     )
@@ -179,18 +177,8 @@ def read_community(folder, data_seed):
         order = torch.randperm(len(own), generator=generator).numpy()
         val += own[order[: max(1, round(len(own) / 10)) if len(own) > 1 else 0]].tolist()
     splits = {"train": np.setdiff1d(train, val), "val": np.array(sorted(val)), "test": test}
-    folders = "Image-01-FPS", "AudioWAV"
-    listing = make_listing(folder, *folders, EMOTIONS, ids, labels, counts, splits)
-    return listing._replace(version=tuple(describe_files(folder, ids)))
-
-
-def describe_files(folder, ids):
-    """Size and time of change of every recording, time of change of every folder of frames."""
-    for clip in ids:
-        recording, frames = folder / "AudioWAV" / f"{clip}.wav", folder / "Image-01-FPS" / clip
-        with suppress(OSError):  # one that is not there is named when it is read
-            found = recording.stat()
-            yield from (found.st_size, found.st_mtime_ns, frames.stat().st_mtime_ns)
+    layout, lists = ("Image-01-FPS", "AudioWAV"), ("train.csv", "test.csv")
+    return make_listing(folder, layout, lists, EMOTIONS, ids, labels, splits)
 
 
 def load(name, root, data_seed, num_frames, spectrogram, frame_cache, image_size):

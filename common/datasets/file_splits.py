@@ -1,7 +1,11 @@
 """Splits of a dataset that stays in files: processes read batches, the device makes them floats."""
 
+import math
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader
@@ -9,7 +13,11 @@ from torch.utils.data import DataLoader
 from ..errors import UserError
 from ..seeding import make_generator
 from .base import Splits, TensorSplit
+from .files import MORE_SHARED_MEMORY
 
+AT_A_TIME = 64  # samples that a process reads; a larger batch is put together of several
+AHEAD = 2  # such reads of each process wait for their turn
+LONGEST_WAIT = 600  # seconds for a read
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in RGB
 
 
@@ -36,13 +44,42 @@ class Loader:
         self.files, self.num_workers = files, 0
         self.current, self.shared, self.busy = Pass(), None, False
 
+    def check_shared_memory(self):
+        """UserError if not all that the processes read ahead fits into it."""
+        reads = AHEAD * self.num_workers + 5  # evaluation puts a batch together of four
+        count = min(AT_A_TIME, len(self.files.listing.ids))
+        needed = reads * self.files.num_bytes(count) / 1e6
+        with suppress(OSError):  # other systems have another place for it
+            free = shutil.disk_usage("/dev/shm").free / 1e6
+            if free < needed:
+                raise UserError(
+                    f"{self.num_workers} processes that read files need {needed:,.0f} MB of shared "
+                    f"memory, and /dev/shm has {free:,.0f} MB free; {MORE_SHARED_MEMORY}"
+                )
+
     def read(self, requests, pin_memory):
         """Yield `files[request]` for every one of `requests`, in order."""
+        if self.num_workers:
+            self.check_shared_memory()
+        try:
+            yield from self.pass_on(requests, pin_memory)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            self.shared = None
+            raise UserError(
+                f"Nothing came from the processes that read files for {LONGEST_WAIT} s; if not the "
+                f"disk but shared memory is short, {MORE_SHARED_MEMORY}"
+            ) from error
+
+    def pass_on(self, requests, pin_memory):
         open_loader = partial(
             DataLoader,
             self.files,
             batch_size=None,  # a request is a whole batch
             num_workers=self.num_workers,
+            prefetch_factor=AHEAD if self.num_workers else None,
+            timeout=LONGEST_WAIT if self.num_workers else 0,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else it draws, for nothing, on torch's global one
         )
@@ -76,16 +113,21 @@ class FileSplit(TensorSplit):
         rows, seeds = self.tensors["row"][order].cpu(), None
         if augment:  # before the first batch: others may draw on the generator later
             seeds = torch.randint(2**62, (len(self),), generator=generator)
-        parts = (slice(i, i + batch_size) for i in range(0, len(self), batch_size))
+        parts = [p for b in torch.arange(len(self)).split(batch_size) for p in b.split(AT_A_TIME)]
         requests = ((rows[p].tolist(), None if seeds is None else seeds[p].tolist()) for p in parts)
-        batches = self.loader.read(requests, pin_memory=device.type == "cuda")
-        for index, batch in zip(order.split(batch_size), batches, strict=True):
-            if isinstance(batch, UserError):
-                batches.close()
+        pieces = self.loader.read(requests, pin_memory=device.type == "cuda")
+        for index in order.split(batch_size):
+            found = list(islice(pieces, math.ceil(len(index) / AT_A_TIME)))
+            if errors := [piece for piece in found if isinstance(piece, UserError)]:
+                pieces.close()
                 self.loader.shared = None  # ends its processes, which a traceback would keep
-                raise batch
-            batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+                raise errors[0]
+            found = [{m: x.to(device, non_blocking=True) for m, x in p.items()} for p in found]
+            batch = found[0]
+            if len(found) > 1:
+                batch = {name: torch.cat([piece[name] for piece in found]) for name in batch}
             yield self.render(batch), self.all_labels[index], index
+        next(pieces, None)  # the pass is over
 
 
 def normalize_frames(frames):
@@ -109,4 +151,5 @@ def make_splits(listing, files, render, modalities, data_seed):
         return FileSplit(loader, rows, listing.labels[rows], render)
 
     train, val, test = (split(name) for name in ("train", "val", "test"))
-    return Splits(train, val, val, test, modalities, len(listing.classes), loader)
+    classes, data = len(listing.classes), listing.data
+    return Splits(train, val, val, test, modalities, classes, loader, data)

@@ -4,14 +4,16 @@ Everything that is drawn at random for a sample comes from the seed in its reque
 worker processes changes no result.
 """
 
+import os
 import random
 import wave
-from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from ..errors import UserError
 from ..flags import Dial, number
@@ -22,6 +24,12 @@ DIALS = {
     "image_size": Dial(224, number(int, 32, 4096), "height and width of frames and views", False),
 }
 
+MORE_SHARED_MEMORY = (
+    "give it more (docker run --shm-size=8g), or choose fewer --num-workers: --num-workers 0 needs "
+    "none."
+)
+MAX_PIXELS = 40_000_000  # of an image; a frame of 8K video has 33 million
+
 # ---- One file ----
 
 
@@ -30,10 +38,12 @@ def read_wav(path, sample_rate):
     try:
         with wave.open(str(path)) as file:
             layout = file.getframerate(), file.getnchannels(), file.getsampwidth()
-            data = file.readframes(file.getnframes())
-            if len(data) != file.getnframes() * file.getnchannels() * file.getsampwidth():
+            size = file.getnframes() * file.getnchannels() * file.getsampwidth()
+            whole = size <= Path(path).stat().st_size  # before as much memory is taken
+            data = file.readframes(file.getnframes()) if whole else b""
+            if len(data) != size:
                 raise EOFError("it is cut off")
-    except (wave.Error, EOFError, OSError) as error:
+    except Exception as error:  # a damaged header has many ways to fail
         raise UserError(
             f"{path} is no readable WAV file ({error}); fetch or prepare it anew."
         ) from error
@@ -50,9 +60,13 @@ def read_image(path):
     """JPEG or PNG -> (H, W, 3) uint8."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             return torch.from_numpy(np.array(image.convert("RGB")))
-    except (OSError, SyntaxError) as error:  # PIL raises a SyntaxError on a broken PNG
-        raise UserError(f"{path} is no readable image; fetch or prepare it anew.") from error
+    except Exception as error:  # a damaged file has many ways to fail
+        raise UserError(
+            f"{path} is no readable image ({type(error).__name__}); fetch or prepare it anew."
+        ) from error
 
 
 def resize(image, height, width):
@@ -62,22 +76,55 @@ def resize(image, height, width):
     return image.permute(0, 2, 3, 1).squeeze(0)
 
 
+def open_own(path):
+    """Open `path` to read and write: never the file that a link there points to."""
+
+    def opener(name, flags):
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0))
+
+    return open(path, "r+b", buffering=0, opener=opener)
+
+
 class DiskRows:
-    """A file of `count` rows that are computed once, when first asked for, and memory-mapped.
+    """A file of `count` rows that are computed once, when first asked for.
 
     A row is an array of `shape` and a tag, a number other than 0. Several processes may fill the
-    file at a time; a row counts when its tag is written, after all the rest.
+    file at a time; a row counts when its tag is written, after all the rest. What is there and is
+    not such a file is replaced by one. Rows are not mapped into memory: where somebody cuts the
+    file meanwhile, they are computed again, and a map would kill the process.
     """
 
     def __init__(self, path, count, shape, dtype):
-        self.path, self.count, self.shape = path, count, shape
+        self.path, self.shape = path, shape
         self.layout = np.dtype([("tag", "<f4"), ("values", dtype, shape)])
+        self.header = f"rows, version 1: {count} of {self.layout}\n".encode()
+        self.size = len(self.header) + count * self.layout.itemsize
         try:
             path.parent.mkdir(exist_ok=True)
-            with open(path, "ab") as file:
-                file.truncate(count * self.layout.itemsize)
+            if not self.is_whole():
+                self.begin()
         except OSError as error:
             self.refuse(error)
+
+    def is_whole(self):
+        """Whether the file has the header and the size that it should have."""
+        try:
+            with open_own(self.path) as file:
+                found = file.seek(0, os.SEEK_END), file.seek(0), file.read(len(self.header))
+            return found == (self.size, 0, self.header)
+        except OSError:
+            return False
+
+    def begin(self):
+        """Put a file without rows there, in place of any other."""
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        try:
+            with open(beside, "xb") as file:
+                file.write(self.header)
+                file.truncate(self.size)
+            beside.replace(self.path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def refuse(self, error):
         raise UserError(
@@ -85,27 +132,24 @@ class DiskRows:
             "can be written."
         ) from error
 
-    @cached_property
-    def rows(self):
-        return np.memmap(self.path, self.layout, mode="r+", shape=(self.count,))
-
-    def __getstate__(self):  # for worker processes: a memmap would be copied whole
-        return {name: value for name, value in self.__dict__.items() if name != "rows"}
-
     def get(self, row, compute):
         """(tag, values) of `row`; `compute()` gives them if the file does not have them yet."""
-        if self.rows["tag"][row] == 0:
-            tag, values = compute()
-            start = row * self.layout.itemsize
-            try:  # not through the map, where a full disk would kill the process
-                with open(self.path, "r+b") as file:
-                    for name, value in (("values", values), ("tag", np.float32(tag))):
+        start = len(self.header) + int(row) * self.layout.itemsize
+        found = np.empty(1, self.layout)
+        try:
+            with open_own(self.path) as file:
+                file.seek(start)
+                whole = file.readinto(found.view(np.uint8)) == self.layout.itemsize
+                if not whole or found["tag"] == 0:
+                    found["tag"], found["values"] = compute()
+                    for name in ("values", "tag"):
+                        content = found[name].tobytes()
                         file.seek(start + self.layout.fields[name][1])
-                        file.write(np.asarray(value).tobytes())
-                        file.flush()
-            except OSError as error:
-                self.refuse(error)
-        return float(self.rows["tag"][row]), self.rows["values"][row]
+                        if file.write(content) < len(content):
+                            raise OSError("the disk is full")
+        except OSError as error:
+            self.refuse(error)
+        return float(found["tag"][0]), found["values"][0]
 
 
 # ---- A batch of samples ----
@@ -142,6 +186,14 @@ def cut(frame, box):
     return frame[top : top + tall, left : left + wide]
 
 
+def share(batch):
+    """`batch` in shared memory; where that is full torch itself would lose it, and wait for it."""
+    try:
+        return {name: tensor.share_memory_() for name, tensor in batch.items()}
+    except RuntimeError as error:
+        raise UserError(f"Shared memory is full; {MORE_SHARED_MEMORY}") from error
+
+
 class Files:
     """`files[rows, seeds]` reads a batch; it is what worker processes get a copy of.
 
@@ -158,6 +210,11 @@ class Files:
         self.pick, self.box, self.spectrograms = pick, box, spectrograms
         self.starts = np.cumsum(listing.counts) - listing.counts
         self.cache = self.open_cache(frame_side) if frame_cache else None
+
+    def num_bytes(self, count):
+        """Memory that `count` samples take."""
+        sound = np.prod(self.spectrograms.kept.shape) if self.spectrograms else 0
+        return count * (self.num_frames * self.image_size**2 * 3 + int(sound) * 4)
 
     def open_cache(self, frame_side):
         """Decoded frames, all in the size of the first one: (height, width, 3) uint8."""
@@ -221,6 +278,6 @@ class Files:
             if self.spectrograms:
                 audio = np.stack([self.spectrograms(row) for row in rows])
                 batch["audio"] = torch.from_numpy(audio)
-            return batch
+            return share(batch) if get_worker_info() else batch
         except UserError as error:
             return error

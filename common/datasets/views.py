@@ -39,7 +39,7 @@ def load(root, data_seed, views, frame_cache, image_size):
 
     views: numbers from 0 to 11, such as "0,6": the modalities front and rear; others are view-<k>.
     """
-    listing = read_listing(Path(root) / "modelnet40", "modelnet40")
+    listing = read_listing(Path(root) / "modelnet40", "modelnet40", audio=None)
     chosen = [int(view) for view in views.split(",")]
     if len(set(chosen)) != len(chosen) or len(chosen) < 2 or max(chosen) >= VIEWS:
         raise UserError(f"--views takes two or more different numbers below {VIEWS}, not {views}.")
