@@ -18,9 +18,9 @@ __all__ = ["DATASETS", "Dataset", "Splits", "TensorSplit", "load_dataset", "spli
 class Dataset(NamedTuple):
     """A loader and what the command line must know of it.
 
-    dials: name -> Dial, the keyword arguments that a user may turn.
-    small: whether a script compares its methods here when none is named.
-    own:   whether a user brings the data; `Splits.data` tells them apart.
+    dials:     name -> Dial, the keyword arguments that a user may turn.
+    small:     whether a script compares its methods here when none is named.
+    own:       whether a user brings the data; `Splits.data` tells them apart.
     protocols: name -> flag -> what --protocol NAME sets it to.
     """
 
