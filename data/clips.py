@@ -23,23 +23,40 @@ from common.flags import number
 
 
 def list_rows(args: argparse.Namespace) -> Listing:
-    """The rows of the source with ids and splits."""
-    dataset = DATASETS[args.dataset]
-    listing = dataset.read(args.source, args.splits)
+    """The rows of the source with ids, and with splits where its lists have them."""
+    listing = DATASETS[args.dataset].read(args.source, args.splits)
     if not listing.rows:
         raise PrepareError(f"{args.splits or args.source} lists no clip of {args.dataset}")
     name_rows(listing)
+    return listing
+
+
+def split_rows(args: argparse.Namespace, listing: Listing, usable: list[Row]) -> None:
+    """Fills in the splits of the listing, drawn among the usable rows, and removes its leaks."""
     if args.split == "speakers":
-        assign_speakers(listing.rows, args.validation, args.seed)
+        assign_speakers(usable, args.validation, args.seed)
     else:
-        assign_splits(listing.rows, dataset, args.validation, args.seed)
+        dataset = DATASETS[args.dataset]
+        assign_splits(listing.rows, usable, dataset, args.validation, args.seed)
+    for row in listing.rows:
+        row.split = row.split or "train"
     if args.remove_leaks:
         listing.rows = remove_leaks(listing.rows)
         removed = [
             (name, note.replace("leak: ", "leak, removed: ")) for name, note in listing.notes
         ]
         listing.notes = removed
-    return listing
+
+
+def require_splits(args: argparse.Namespace, rows: list[Row]) -> None:
+    """Raises PrepareError if no row is in one of the splits: training and the test need each."""
+    for split in SPLITS:
+        if not any(row.split == split for row in rows):
+            lists = ", or leave --splits away: then splits are drawn from what is there"
+            raise PrepareError(
+                f"of {len(rows):,} clips that can be used none is for {split}: add such clips to "
+                f"{args.source}{lists if args.splits else ''}"
+            )
 
 
 def split_rule(args: argparse.Namespace) -> str:
@@ -86,12 +103,15 @@ def prepare_clips(args: argparse.Namespace) -> str:
             names = ", ".join(sorted(f"--{key.replace('_', '-')}" for key in unused))
             args.parser.error(f"--check reads what is prepared, it does not take {names}")
         return check_folder(args.out, args.dataset)
-    require_ffmpeg()
+    if args.fake or DATASETS[args.dataset].sound:
+        require_ffmpeg()
     try:
         with locked(args.out):
             if args.fake:
                 args.source = write_fake(args.dataset, args.fake, args.out / "source")
             return prepare_source(args)
+    except ClipError as error:  # an ffmpeg that cannot make what --fake asks for
+        raise PrepareError(f"the made-up clips could not be written, {error}") from error
     except KeyboardInterrupt:
         raise PrepareError(
             f"interrupted: the finished clips in {args.out} are kept, run the same command again"
@@ -102,19 +122,25 @@ def prepare_source(args: argparse.Namespace) -> str:
     """Prepares `args.source`; raises PrepareError if a clip is missing and none may be."""
     sound = DATASETS[args.dataset].sound
     listing = list_rows(args)
-    rows, missing, usable = listing.rows, listing.missing, []
-    for row in rows:
+    lost = {}  # id -> problem
+    for row in listing.rows:
         try:
             for path in row.inputs:
                 check_input(path)
-            usable.append(row)
         except ClipError as error:
-            missing.append((row.id, str(error)))
+            lost[row.id] = str(error)
+    usable = [row for row in listing.rows if row.id not in lost]
     if not usable:
+        name, problem = [*listing.missing, *lost.items()][0]
+        count = len(listing.missing) + len(lost)
         raise PrepareError(
-            f"none of the {len(missing):,} clips can be read, for example {missing[0][0]}: "
-            f"{missing[0][1]}"
+            f"none of the {count:,} clips can be read, for example {name}: {problem}"
         )
+    split_rows(args, listing, usable)
+    rows = listing.rows  # less leaks, perhaps
+    missing = [*listing.missing, *((row.id, lost[row.id]) for row in rows if row.id in lost)]
+    usable = [row for row in rows if row.id not in lost]
+    require_splits(args, usable)
 
     fake = (args.source / LABEL_FILE).exists()
     media = {
@@ -145,6 +171,7 @@ def prepare_source(args: argparse.Namespace) -> str:
             f"{problems_file} lists them: repair the source and run the same command again (the "
             "finished clips are kept), or add --allow-missing to go on without them"
         )
+    require_splits(args, kept)
     manifest = {
         "dataset": args.dataset,
         "format": FORMAT,
@@ -211,7 +238,7 @@ def add_parsers(datasets) -> None:
             rate = "frames a second (%(default)s)"
             add("--fps", type=fps, default=dataset.fps, metavar="X", help=rate)
         short, side = dataset.short, number(int, 16, 4096)
-        help_text = "short side of the frames in pixels (default: %(default)s)"
+        help_text = f"short side of the frames in pixels (default: {short or 'as they come'})"
         add("--short-side", type=side, default=short, metavar="N", help=help_text)
         add("--seed", type=number(int, 0), default=0, metavar="N", help="of drawn splits (0)")
         workers = number(int, 1, 1024)

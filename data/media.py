@@ -232,7 +232,7 @@ def extract_clip(
 
     # Rounding up takes the picture shown at 0, 1/fps, ...; the last one may be held for long.
     seconds = min(end, pictures.end) - start
-    filters = f"setpts=PTS-{pictures.origin + start}/TB,fps={fps}:start_time=0:round=up,"
+    filters = f"setpts=PTS-({pictures.origin + start})/TB,fps={fps}:start_time=0:round=up,"
     filters += f"tpad=stop_mode=clone:stop_duration={pictures.hold:.6f},{scale(short)}"
     output = ["-vf", filters, "-t", f"{seconds:.6f}", "-pix_fmt", "yuvj420p", "-q:v", "3"]
     output += ["-threads", "1", "-flags:v", "+bitexact", "frames/%04d.jpg"]
@@ -242,7 +242,7 @@ def extract_clip(
         raise ClipError(f"no pictures: none of {pictures.path} could be decoded")
     shown = min(frames / fps, seconds)
 
-    filters = f"asetpts=PTS-{sound.origin + start}/TB,"
+    filters = f"asetpts=PTS-({sound.origin + start})/TB,"
     filters += f"aresample={SAMPLE_RATE}:async=1:first_pts=0"
     output = ["-af", filters, "-t", f"{end - start:.6f}", "-ac", "1", "-c:a", "pcm_s16le"]
     output += ["-fflags", "+bitexact", "-flags:a", "+bitexact", "audio.wav"]

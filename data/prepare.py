@@ -54,7 +54,7 @@ def recordings_sha256(folder: str | Path) -> str:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: run `python data/prepare.py fsdd` first")
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.wav"), key=lambda path: path.name):
+    for path in sorted(folder.glob("[!.]*.wav"), key=lambda path: path.name):
         digest.update(path.name.encode("utf-8"))
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -104,7 +104,7 @@ def prepare_fsdd(args: argparse.Namespace) -> str:
     if args.out != FSDD_OUT:
         following += f" --data-root {args.out.parent}"
     if recordings.exists():
-        count = len(list(recordings.glob("*.wav")))
+        count = len(list(recordings.glob("[!.]*.wav")))
         if recordings.is_dir() and recordings_sha256(recordings) == FSDD_SHA256:
             return f"{recordings} already holds all {count:,} recordings; {following}"
         raise PrepareError(

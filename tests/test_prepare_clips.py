@@ -107,10 +107,13 @@ def refused(capsys):
 
 
 def list_rows(name, *arguments):
-    """The listing that a command line asks for, without preparing anything."""
+    """The listing that a command line asks for with its splits, as if all its files were there."""
     parser = clips.argparse.ArgumentParser()
     clips.add_parsers(parser.add_subparsers())
-    return clips.list_rows(parser.parse_args([name, "--source", *map(str, arguments)]))
+    args = parser.parse_args([name, "--source", *map(str, arguments)])
+    listing = clips.list_rows(args)
+    clips.split_rows(args, listing, listing.rows)
+    return listing
 
 
 def sizes(rows):
