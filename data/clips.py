@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from fake import LABEL_FILE, write_fake
@@ -31,13 +32,13 @@ def list_rows(args: argparse.Namespace) -> Listing:
     return listing
 
 
-def split_rows(args: argparse.Namespace, listing: Listing, usable: list[Row]) -> None:
-    """Fills in the splits of the listing, drawn among the usable rows, and removes its leaks."""
+def split_rows(args: argparse.Namespace, listing: Listing, kept: list[Row]) -> None:
+    """Fills in the splits of the listing, drawn among the rows kept, and removes its leaks."""
     if args.split == "speakers":
-        assign_speakers(usable, args.validation, args.seed)
+        assign_speakers(kept, args.validation, args.seed)
     else:
         dataset = DATASETS[args.dataset]
-        assign_splits(listing.rows, usable, dataset, args.validation, args.seed)
+        assign_splits(listing.rows, kept, dataset, args.validation, args.seed)
     for row in listing.rows:
         row.split = row.split or "train"
     if args.remove_leaks:
@@ -48,9 +49,9 @@ def split_rows(args: argparse.Namespace, listing: Listing, usable: list[Row]) ->
         listing.notes = removed
 
 
-def require_splits(args: argparse.Namespace, rows: list[Row]) -> None:
+def require_splits(args: argparse.Namespace, rows: list[Row], splits: Iterable[str]) -> None:
     """Raises PrepareError if no row is in one of the splits: training and the test need each."""
-    for split in SPLITS:
+    for split in splits:
         if not any(row.split == split for row in rows):
             lists = ", or leave --splits away: then splits are drawn from what is there"
             raise PrepareError(
@@ -118,17 +119,23 @@ def prepare_clips(args: argparse.Namespace) -> str:
         ) from None
 
 
-def prepare_source(args: argparse.Namespace) -> str:
-    """Prepares `args.source`; raises PrepareError if a clip is missing and none may be."""
-    sound = DATASETS[args.dataset].sound
-    listing = list_rows(args)
-    lost = {}  # id -> problem
-    for row in listing.rows:
+def find_lost(rows: list[Row]) -> dict[str, str]:
+    """id -> problem of the rows whose files are not there."""
+    lost = {}
+    for row in rows:
         try:
             for path in row.inputs:
                 check_input(path)
         except ClipError as error:
             lost[row.id] = str(error)
+    return lost
+
+
+def prepare_source(args: argparse.Namespace) -> str:
+    """Prepares `args.source`; raises PrepareError if a clip is missing and none may be."""
+    sound = DATASETS[args.dataset].sound
+    listing = list_rows(args)
+    lost = find_lost(listing.rows)
     usable = [row for row in listing.rows if row.id not in lost]
     if not usable:
         name, problem = [*listing.missing, *lost.items()][0]
@@ -136,11 +143,7 @@ def prepare_source(args: argparse.Namespace) -> str:
         raise PrepareError(
             f"none of the {count:,} clips can be read, for example {name}: {problem}"
         )
-    split_rows(args, listing, usable)
-    rows = listing.rows  # less leaks, perhaps
-    missing = [*listing.missing, *((row.id, lost[row.id]) for row in rows if row.id in lost)]
-    usable = [row for row in rows if row.id not in lost]
-    require_splits(args, usable)
+    require_splits(args, usable, [s for s in SPLITS if any(r.split == s for r in listing.rows)])
 
     fake = (args.source / LABEL_FILE).exists()
     media = {
@@ -151,10 +154,14 @@ def prepare_source(args: argparse.Namespace) -> str:
         "sample_rate": SAMPLE_RATE if sound else None,
     }
     folder = Folder(args.out, media)
-    missing += folder.prepare_all(usable, args.workers)
+    lost |= folder.prepare_all(usable, args.workers)
 
-    lost = {name for name, _ in missing}
     kept = [row for row in usable if row.id not in lost]
+    if kept:
+        split_rows(args, listing, kept)
+    rows = listing.rows  # without leaks, if these are removed
+    kept = [row for row in rows if row.id not in lost]
+    missing = [*listing.missing, *((row.id, lost[row.id]) for row in rows if row.id in lost)]
     notes = [(row.id, note) for row in kept for note in folder.done[row.id].notes]
     problems = [*missing, *listing.notes, *notes]
     problems_file = args.out / "problems.csv"
@@ -171,7 +178,7 @@ def prepare_source(args: argparse.Namespace) -> str:
             f"{problems_file} lists them: repair the source and run the same command again (the "
             "finished clips are kept), or add --allow-missing to go on without them"
         )
-    require_splits(args, kept)
+    require_splits(args, kept, SPLITS)
     manifest = {
         "dataset": args.dataset,
         "format": FORMAT,

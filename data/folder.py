@@ -212,8 +212,8 @@ class Folder:
             for path in (self.out / "cache").glob("*.rows"):
                 path.unlink()
 
-    def prepare_all(self, rows: list[Row], workers: int) -> list[tuple[str, str]]:
-        """Prepares the rows into `self.done`; returns (id, problem) of those that failed.
+    def prepare_all(self, rows: list[Row], workers: int) -> dict[str, str]:
+        """Prepares the rows into `self.done`; returns id -> problem of those that failed.
 
         The first few new ones tell how much disk the rest takes; PrepareError if it is not there.
         """
@@ -233,7 +233,7 @@ class Folder:
                     failed += [problem] if problem else []
                 if part is sample:
                     self.estimate(sample, len(new))
-            return failed
+            return dict(failed)
         finally:
             pool.shutdown(cancel_futures=True)
             bar.close()

@@ -5,6 +5,7 @@ mono, 16 bit); views of an object as 0001.png, ..., with no sound.
 """
 
 import json
+import math
 import re
 import shutil
 import struct
@@ -234,7 +235,8 @@ def extract_clip(
     seconds = min(end, pictures.end) - start
     filters = f"setpts=PTS-({pictures.origin + start})/TB,fps={fps}:start_time=0:round=up,"
     filters += f"tpad=stop_mode=clone:stop_duration={pictures.hold:.6f},{scale(short)}"
-    output = ["-vf", filters, "-t", f"{seconds:.6f}", "-pix_fmt", "yuvj420p", "-q:v", "3"]
+    most = max(1, math.ceil(seconds * fps - 0.05))  # not for a picture at the very end
+    output = ["-vf", filters, "-frames:v", str(most), "-pix_fmt", "yuvj420p", "-q:v", "3"]
     output += ["-threads", "1", "-flags:v", "+bitexact", "frames/%04d.jpg"]
     notes = decode(pictures, *output)
     frames = len(list((folder / "frames").iterdir()))

@@ -295,16 +295,16 @@ def draw_groups(rows: list[Row], share: float, generator: random.Random) -> set[
 
 
 def assign_splits(
-    rows: list[Row], usable: list[Row], dataset: Dataset, val: float, seed: int
+    rows: list[Row], kept: list[Row], dataset: Dataset, val: float, seed: int
 ) -> None:
     """Fills in the splits that the lists leave open: test if no row has one, then validation.
 
-    They are drawn among the usable rows, so that what is missing leaves none of them empty.
+    They are drawn among the rows kept, so that what is missing leaves none of them empty.
     """
     generator = random.Random(seed)
     for split, share in (("test", dataset.test), ("val", val)):
         if share and not any(row.split == split for row in rows):
-            open_rows = [row for row in usable if row.split in (None, "train")]
+            open_rows = [row for row in kept if row.split in (None, "train")]
             drawn = draw_groups(open_rows, share, generator)
             for row in open_rows:
                 row.split = split if row.group in drawn else row.split
