@@ -170,7 +170,10 @@ def probe(path: Path) -> dict[str, Stream]:
         if begin := packet.get("pts_time", packet.get("dts_time")):
             span = (float(begin) - origin, float(packet.get("duration_time", 0)))
             packets[packet["stream_index"]].append(span)
-    last = {index: max(spans) for index, spans in packets.items()}
+    last = {}
+    for index, spans in packets.items():
+        *_, (before, _), (begin, hold) = sorted([spans[0], *spans])
+        last[index] = (begin, hold or begin - before)  # FLV does not always say how long
     farthest = max((begin + hold for begin, hold in last.values()), default=0.0)
     names, streams = form["format_name"].split(","), {}
     whole = 0.0 if names[0] in GUESSED else float(form.get("duration", 0))

@@ -464,6 +464,9 @@ def test_segments_are_cut_out_and_repeated_ids_are_kept(tmp_path, capsys):
     assert not np.array_equal(sound("out", "fake0000002"), before)
 
 
+SILENT = "silent: there is nothing to hear in {}/one.wav"
+
+
 def make_media(folder):
     """Tiny files of every kind that users have; a name says what is in it."""
 
@@ -529,7 +532,7 @@ def kinds(tmp_path_factory):
         ("short.mp4", None, 10, 2, ["short: 2.0 of 10.0 s of sound in {}/short.mp4"]),
         ("film.avi zero.wav", None, 3, 3, []),
         ("film.avi piped.wav", None, 3, 3, []),
-        ("film.avi one.wav", None, 3, 0, ["short: 0.0 of 2.2 s of sound in {}/one.wav"]),
+        ("film.avi one.wav", None, 3, 0, ["short: 0.0 of 2.2 s of sound in {}/one.wav", SILENT]),
     ],
 )
 def test_one_window_for_pictures_and_sound(names, segment, frames, seconds, notes, kinds, tmp_path):
@@ -586,6 +589,70 @@ def test_bad_views_and_two_files_of_one_clip(tmp_path, refused):
     assert (clip.stem, note) in list_rows("vggsound", source).notes
 
 
+def test_files_are_found_by_their_stem_and_names_with_a_dot_are_not_data(clone, tmp_path):
+    sounds, films = clone / "AudioWAV", clone / "VideoFlash"
+    for path in ("1001_DFA_ANG_XX.WAV", "._1001_DFA_ANG_XX.wav", "._1002_DFA_SAD_XX.wav"):
+        (sounds / path).touch()
+    for path in ("1001_DFA_ANG_XX.mkv", "1001_DFA_ANG_XX.webm", "1001_DFA_ANG_XX.txt"):
+        (films / path).touch()
+    listing = list_rows("crema-d", clone)
+    name = "1001_DFA_ANG_XX"
+    assert [row.inputs for row in listing.rows] == [[films / f"{name}.mkv", sounds / f"{name}.WAV"]]
+    two = f"{films / name}.mkv is used, not {films / name}.webm"
+    assert listing.notes == [(name, f"duplicate: 2 files: {two}")]
+    (clone / "vggsound.csv").write_text("x,1,dog,train\ny,2,dog,test\n")
+    (clone / ".Trashes").mkdir()
+    for path in ("x_000001.MP4", "._x_000001.mp4", ".Trashes/x_000001.mp4", "x_000001.json"):
+        (clone / path).touch()
+    listing = list_rows("vggsound", clone)
+    assert listing.notes == [] and listing.rows[0].inputs == [clone / "x_000001.MP4"]
+    assert listing.rows[1].inputs == [clone / "y_000002.mp4"]  # reported as missing later
+    (tmp_path / "bed" / "train").mkdir(parents=True)
+    for view in range(12):
+        for dot in ("", "._"):
+            (tmp_path / "bed" / "train" / f"{dot}bed_0001_{view:03}.png").touch()
+    listing = list_rows("modelnet40", tmp_path)
+    assert len(listing.rows) == 1 and listing.missing == []
+
+
+@needs_ffmpeg
+def test_splits_are_drawn_from_what_is_there_or_an_empty_one_is_named(tmp_path, refused):
+    source, rows = fake.write_fake("vggsound", 24, tmp_path / "source"), "Goat&{0}&good&0&1\n"
+    arguments = ["vggsound", "--source", source, "--out", tmp_path / "out", *SMALL]
+    ids = defaultdict(list)
+    for row in list_rows("vggsound", source).rows:
+        ids[row.split].append(row.id)
+    keep = [*ids["train"][:3], ids["test"][0]]  # none of those first drawn for validation
+    for path in source.rglob("*.mp4"):
+        if path.stem not in keep:
+            path.unlink()
+    assert run(*arguments, "--allow-missing") == 0
+    found = Counter(row["split"] for row in read_csv(tmp_path / "out" / "clips.csv"))
+    assert found == {"train": 2, "val": 1, "test": 1}
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for split, clip in zip(sources.SPLITS, (keep[0], "gone", keep[1]), strict=True):
+        (lists / f"{split}Set.txt").write_text(rows.format(clip))
+    arguments = ["ave", "--source", source, "--splits", lists, "--out", tmp_path / "ave"]
+    refused([*arguments, "--allow-missing"], "none is for val", "leave --splits away")
+    assert not (tmp_path / "ave" / "frames").exists()  # said at once
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name", prepared_folder.NAMES)
+def test_files_of_the_user_are_never_replaced(name, crema, tmp_path, refused):
+    own = tmp_path / "own" / name / "9000_IEO_SAD_XX" / "0001.jpg"
+    if "." in name:
+        own = tmp_path / "own" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    for _ in range(2):
+        arguments = ["crema-d", "--source", crema / "source", "--out", tmp_path / "own"]
+        refused(arguments, f"{tmp_path / 'own' / name} is there and was not made", "another --out")
+    assert [path.name for path in (tmp_path / "own").iterdir()] == [name]
+    assert own.read_text() == "{}"
+
+
 # ---- Prepared folders ----
 
 
@@ -593,6 +660,11 @@ def write_counts(out):
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["counts"]["train"]["NEU"] += 1
     (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def drop_validation(out):
+    lines = (out / "clips.csv").read_text().splitlines()
+    (out / "clips.csv").write_text("\n".join(line for line in lines if ",val," not in line))
 
 
 def repeat_line(out):
@@ -615,6 +687,7 @@ FRAME, SOUND = "frames/9000_IEO_ANG_XX/0002.jpg", "audio/9000_IEO_ANG_XX.wav"
         (lambda out: write_wav(out / SOUND, np.ones(32000), 8000), "has 8000 Hz, 1 channels, 16 b"),
         (lambda out: (out / SOUND).write_bytes(b"x"), "is no WAV file"),
         (write_counts, "counts"),
+        (drop_validation, "no clip is for val"),
         (repeat_line, "an id is there twice"),
     ],
 )
