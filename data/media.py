@@ -130,7 +130,7 @@ class Stream:
             have = f"{self.end:.1f} of {self.declared:.1f} s of {self.what}"
             raise ClipError(f"truncated: {self.path} has {have}")
         if self.end <= start and start > 0:
-            ends = f"its {self.what} end at {self.end:.1f} s, the segment starts at {start:g} s"
+            ends = f"{self.what} up to {self.end:.1f} s, the segment from {start:g} s on"
             raise ClipError(f"no {self.what}: {self.path} ends before the segment: {ends}")
         if self.end <= start or self.start >= end:
             raise ClipError(f"no {self.what}: {self.path} has none from {start:g} to {end:g} s")

@@ -39,6 +39,7 @@ FSDD_SHA256 = "45a9b976ba3397a2fd5c70a9f2e43c34f442a3a6be47392ecfc41174b678f37e"
 # {digit}_{speaker}_{index}.wav in any recordings/ folder of the archive. Only the base name, group
 # 1, is ever written, so no entry can land outside of the folder that is extracted into.
 FSDD_ENTRY = re.compile(r"(?:.*/)?recordings/([0-9]_[a-z]+_[0-9]+\.wav)")
+FSDD_LARGEST = 1_000_000  # bytes; a recording has at most a fifth of it
 FSDD_OUT = Path("data/fsdd")
 
 TIMEOUT_S = 30.0  # longest silence of the server, in seconds
@@ -82,17 +83,26 @@ def download(url: str, path: Path) -> None:
 
 
 def read_recordings(archive: Path) -> dict[str, bytes]:
-    """Returns the recordings in a zip or tar.gz archive, by base name (21 MB in all)."""
+    """Returns the recordings in a zip or tar.gz archive, by base name (21 MB in all).
+
+    Raises ValueError for one that is larger than any, before it is unpacked.
+    """
+
+    def wanted(name: str, size: int) -> re.Match | None:
+        if (match := FSDD_ENTRY.fullmatch(name)) and size > FSDD_LARGEST:
+            raise ValueError(f"{name} has {size:,} bytes")
+        return match
+
     recordings = {}
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
-            for name in opened.namelist():
-                if match := FSDD_ENTRY.fullmatch(name):
-                    recordings[match[1]] = opened.read(name)
+            for entry in opened.infolist():
+                if match := wanted(entry.filename, entry.file_size):
+                    recordings[match[1]] = opened.read(entry)
     else:
         with tarfile.open(archive, "r:gz") as opened:
             for member in opened:
-                if member.isfile() and (match := FSDD_ENTRY.fullmatch(member.name)):
+                if member.isfile() and (match := wanted(member.name, member.size)):
                     recordings[match[1]] = opened.extractfile(member).read()
     return recordings
 

@@ -56,6 +56,8 @@ BODIES = {
     "/other": make_tar(GOOD | {LINK: b"other"}),
     "/nothing": make_tar({f"{TOP}/README.md": b"text"}),
     "/link": make_tar({LINK: b""}, LINK),
+    "/large-tar": make_tar({LINK: bytes(1_000_001)}),
+    "/large-zip": make_zip({LINK: bytes(1_000_001)}),
 }
 
 
@@ -211,6 +213,7 @@ EMPTY = ("has no recordings/*.wav", prepare.FSDD_URL)
         ("/other", ("4 recordings", "SHA-256", "not the expected {sha256}", "try again")),
         ("/nothing", EMPTY),
         ("/link", EMPTY),
+        *((path, ("7.wav has 1,000,001 bytes",)) for path in ("/large-tar", "/large-zip")),
     ],
 )
 def test_what_comes_is_not_the_dataset(server, out, capsys, monkeypatch, path, words):
@@ -290,6 +293,7 @@ def test_command_line_ends_in_a_sentence_not_a_traceback(server, tmp_path):
 def test_hash_is_over_sorted_names_and_bytes(tmp_path):
     for name, content in {"1_b_0.wav": "second", "0_a_0.wav": "first", "notes.txt": "not"}.items():
         (tmp_path / name).write_text(content)
+    (tmp_path / "._0_a_0.wav").write_text("of a Mac")
     expected = prepare.hashlib.sha256(b"0_a_0.wavfirst1_b_0.wavsecond").hexdigest()
     assert prepare.recordings_sha256(tmp_path) == expected
     assert prepare.recordings_sha256(str(tmp_path)) == expected
