@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from fake import LABEL_FILE, write_fake
@@ -23,23 +24,40 @@ from common.flags import number
 
 
 def list_rows(args: argparse.Namespace) -> Listing:
-    """The rows of the source with ids and splits."""
-    dataset = DATASETS[args.dataset]
-    listing = dataset.read(args.source, args.splits)
+    """The rows of the source with ids, and with splits where its lists have them."""
+    listing = DATASETS[args.dataset].read(args.source, args.splits)
     if not listing.rows:
         raise PrepareError(f"{args.splits or args.source} lists no clip of {args.dataset}")
     name_rows(listing)
+    return listing
+
+
+def split_rows(args: argparse.Namespace, listing: Listing, kept: list[Row]) -> None:
+    """Fills in the splits of the listing, drawn among the rows kept, and removes its leaks."""
     if args.split == "speakers":
-        assign_speakers(listing.rows, args.validation, args.seed)
+        assign_speakers(kept, args.validation, args.seed)
     else:
-        assign_splits(listing.rows, dataset, args.validation, args.seed)
+        dataset = DATASETS[args.dataset]
+        assign_splits(listing.rows, kept, dataset, args.validation, args.seed)
+    for row in listing.rows:
+        row.split = row.split or "train"
     if args.remove_leaks:
         listing.rows = remove_leaks(listing.rows)
         removed = [
             (name, note.replace("leak: ", "leak, removed: ")) for name, note in listing.notes
         ]
         listing.notes = removed
-    return listing
+
+
+def require_splits(args: argparse.Namespace, rows: list[Row], splits: Iterable[str]) -> None:
+    """Raises PrepareError if no row is in one of the splits: training and the test need each."""
+    for split in splits:
+        if not any(row.split == split for row in rows):
+            lists = ", or leave --splits away: then splits are drawn from what is there"
+            raise PrepareError(
+                f"of {len(rows):,} clips that can be used none is for {split}: add such clips to "
+                f"{args.source}{lists if args.splits else ''}"
+            )
 
 
 def split_rule(args: argparse.Namespace) -> str:
@@ -86,35 +104,46 @@ def prepare_clips(args: argparse.Namespace) -> str:
             names = ", ".join(sorted(f"--{key.replace('_', '-')}" for key in unused))
             args.parser.error(f"--check reads what is prepared, it does not take {names}")
         return check_folder(args.out, args.dataset)
-    require_ffmpeg()
+    if args.fake or DATASETS[args.dataset].sound:
+        require_ffmpeg()
     try:
         with locked(args.out):
             if args.fake:
                 args.source = write_fake(args.dataset, args.fake, args.out / "source")
             return prepare_source(args)
+    except ClipError as error:  # an ffmpeg that cannot make what --fake asks for
+        raise PrepareError(f"the made-up clips could not be written, {error}") from error
     except KeyboardInterrupt:
         raise PrepareError(
             f"interrupted: the finished clips in {args.out} are kept, run the same command again"
         ) from None
 
 
-def prepare_source(args: argparse.Namespace) -> str:
-    """Prepares `args.source`; raises PrepareError if a clip is missing and none may be."""
-    sound = DATASETS[args.dataset].sound
-    listing = list_rows(args)
-    rows, missing, usable = listing.rows, listing.missing, []
+def find_lost(rows: list[Row]) -> dict[str, str]:
+    """id -> problem of the rows whose files are not there."""
+    lost = {}
     for row in rows:
         try:
             for path in row.inputs:
                 check_input(path)
-            usable.append(row)
         except ClipError as error:
-            missing.append((row.id, str(error)))
+            lost[row.id] = str(error)
+    return lost
+
+
+def prepare_source(args: argparse.Namespace) -> str:
+    """Prepares `args.source`; raises PrepareError if a clip is missing and none may be."""
+    sound = DATASETS[args.dataset].sound
+    listing = list_rows(args)
+    lost = find_lost(listing.rows)
+    usable = [row for row in listing.rows if row.id not in lost]
     if not usable:
+        name, problem = [*listing.missing, *lost.items()][0]
+        count = len(listing.missing) + len(lost)
         raise PrepareError(
-            f"none of the {len(missing):,} clips can be read, for example {missing[0][0]}: "
-            f"{missing[0][1]}"
+            f"none of the {count:,} clips can be read, for example {name}: {problem}"
         )
+    require_splits(args, usable, [s for s in SPLITS if any(r.split == s for r in listing.rows)])
 
     fake = (args.source / LABEL_FILE).exists()
     media = {
@@ -125,10 +154,14 @@ def prepare_source(args: argparse.Namespace) -> str:
         "sample_rate": SAMPLE_RATE if sound else None,
     }
     folder = Folder(args.out, media)
-    missing += folder.prepare_all(usable, args.workers)
+    lost |= folder.prepare_all(usable, args.workers)
 
-    lost = {name for name, _ in missing}
     kept = [row for row in usable if row.id not in lost]
+    if kept:
+        split_rows(args, listing, kept)
+    rows = listing.rows  # without leaks, if these are removed
+    kept = [row for row in rows if row.id not in lost]
+    missing = [*listing.missing, *((row.id, lost[row.id]) for row in rows if row.id in lost)]
     notes = [(row.id, note) for row in kept for note in folder.done[row.id].notes]
     problems = [*missing, *listing.notes, *notes]
     problems_file = args.out / "problems.csv"
@@ -145,6 +178,7 @@ def prepare_source(args: argparse.Namespace) -> str:
             f"{problems_file} lists them: repair the source and run the same command again (the "
             "finished clips are kept), or add --allow-missing to go on without them"
         )
+    require_splits(args, kept, SPLITS)
     manifest = {
         "dataset": args.dataset,
         "format": FORMAT,
@@ -211,7 +245,7 @@ def add_parsers(datasets) -> None:
             rate = "frames a second (%(default)s)"
             add("--fps", type=fps, default=dataset.fps, metavar="X", help=rate)
         short, side = dataset.short, number(int, 16, 4096)
-        help_text = "short side of the frames in pixels (default: %(default)s)"
+        help_text = f"short side of the frames in pixels (default: {short or 'as they come'})"
         add("--short-side", type=side, default=short, metavar="N", help=help_text)
         add("--seed", type=number(int, 0), default=0, metavar="N", help="of drawn splits (0)")
         workers = number(int, 1, 1024)

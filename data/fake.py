@@ -81,7 +81,7 @@ def write_clip(label: int, generator: random.Random, names: list[str], source: P
     arguments += [names[0]]
     for name in names[1:]:
         arguments += ["-map", "1:a", name]
-    run_ffmpeg(arguments, source)
+    run_ffmpeg(arguments, source, source)
 
 
 def write_object(label: int, generator: random.Random, name: str, folder: Path) -> None:
@@ -91,4 +91,4 @@ def write_object(label: int, generator: random.Random, name: str, folder: Path) 
     pictures = f"color=black:s=64x64:r={VIEWS}:d=1,format=gray,noise=alls=30:allf=t,"
     pictures += f"geq=lum='if(lt({distance},{size:.1f}),{shade},lum(X,Y))',format=gray"
     arguments = ["-f", "lavfi", "-i", pictures, "-threads", "1", "-start_number", "0"]
-    run_ffmpeg([*arguments, f"{name}.obj_whiteshaded_v%04d.png"], folder)
+    run_ffmpeg([*arguments, f"{name}.obj_whiteshaded_v%04d.png"], folder, folder)

@@ -7,6 +7,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,10 @@ except ImportError:  # Windows
 FORMAT = 1
 HEADER = ["id", "split", "label", "frames", "seconds"]
 SAMPLE_CLIPS = 8  # prepared first, to estimate the disk from
+FRAME_NAME = re.compile(r"\d{4,}\.(jpg|png)")
 BLOCK_BYTES = 4096  # a file takes whole blocks of the disk
 SHOWN = 5  # problems of a kind that the table shows
+NAMES = ("frames", "audio", "cache", "clips.csv", "manifest.json", "problems.csv")  # what is made
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,9 +48,29 @@ def table(rows: list[list]) -> str:
     return text.getvalue()
 
 
+def require_own(out: Path) -> None:
+    """Raises PrepareError if `out` holds files of the user's where a preparation puts its own."""
+    if (out / ".prepare").exists():
+        return
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        if {"dataset", "format", "options"} <= manifest.keys():
+            return
+    for name in NAMES:
+        if (out / name).exists():
+            raise PrepareError(
+                f"{out / name} is there and was not made by this command: choose another --out, or "
+                "move it away"
+            )
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Raises PrepareError if another process is inside `locked` with the same folder."""
+    """Raises PrepareError if another process is inside `locked` with the same folder.
+
+    Or if the folder is the user's own.
+    """
+    require_own(out)
     (out / ".prepare").mkdir(parents=True, exist_ok=True)
     with open(out / ".prepare" / "lock", "w") as file:
         try:
@@ -79,10 +102,8 @@ class Record:
 
 def damaged(path: Path) -> PrepareError:
     """What to raise if a file that says what is finished cannot be understood."""
-    hidden = path.parent.name == ".prepare"
     return PrepareError(
-        f"{path} is damaged: delete {path.parent if hidden else path} and run the same command "
-        "again, it makes the clips anew"
+        f"{path} is damaged: delete it and run the same command again, it makes the clips anew"
     )
 
 
@@ -160,9 +181,12 @@ class Folder:
                 (work / "audio.wav").replace(self.out / "audio" / f"{row.id}.wav")
             else:
                 frames = extract_views(row.inputs, work, short)
-            if frames_folder.exists():
-                shutil.rmtree(frames_folder)
-            (work / "frames").rename(frames_folder)
+            frames_folder.mkdir(exist_ok=True)
+            for path in frames_folder.iterdir():
+                if FRAME_NAME.fullmatch(path.name):  # nothing else was made here
+                    path.unlink()
+            for path in (work / "frames").iterdir():
+                path.rename(frames_folder / path.name)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return Record(row.id, origin, frames, seconds, notes)
@@ -184,11 +208,12 @@ class Folder:
             self.done.pop(row.id, None)
         lines = [json.dumps(vars(record)) + "\n" for record in self.done.values()]
         write_text(self.journal, "".join(lines))
-        if rows and (self.out / "cache").exists():
-            shutil.rmtree(self.out / "cache")
+        if rows:
+            for path in (self.out / "cache").glob("*.rows"):
+                path.unlink()
 
-    def prepare_all(self, rows: list[Row], workers: int) -> list[tuple[str, str]]:
-        """Prepares the rows into `self.done`; returns (id, problem) of those that failed.
+    def prepare_all(self, rows: list[Row], workers: int) -> dict[str, str]:
+        """Prepares the rows into `self.done`; returns id -> problem of those that failed.
 
         The first few new ones tell how much disk the rest takes; PrepareError if it is not there.
         """
@@ -208,7 +233,7 @@ class Folder:
                     failed += [problem] if problem else []
                 if part is sample:
                     self.estimate(sample, len(new))
-            return failed
+            return dict(failed)
         finally:
             pool.shutdown(cancel_futures=True)
             bar.close()
@@ -274,6 +299,9 @@ def check_folder(out: Path, dataset: str) -> str:
             problems.append(f"{name}: {error}")
     if len({clip[0] for clip in clips}) < len(clips):
         problems.append("clips.csv: an id is there twice")
+    for split, labels in found.items():
+        if not problems and not any(labels.values()):
+            problems.append(f"clips.csv: no clip is for {split}, and training needs some")
     if not problems and found != counts:
         problems.append("manifest.json: its counts are not those of clips.csv")
     for problem in problems[: 4 * SHOWN]:

@@ -74,7 +74,7 @@ def recordings_sha256(folder: str | Path) -> str:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: run `python data/prepare.py fsdd` first")
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.wav"), key=lambda path: path.name):
+    for path in sorted(folder.glob("[!.]*.wav"), key=lambda path: path.name):
         digest.update(path.name.encode("utf-8"))
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -5,6 +5,8 @@ a split gets one here. Nothing is decoded.
 """
 
 import csv
+import math
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -18,7 +20,14 @@ SPLITS = ("train", "val", "test")
 EMOTIONS = ["NEU", "HAP", "SAD", "FEA", "DIS", "ANG"]  # the order of the public labels
 VIEWS = 12
 SPEAKER_SHARE = 0.1  # of the actors that are in the test split of `--split speakers`
-VIEW_NAME = re.compile(r"(\w+?_\d{4})\D.*?(\d+)\.png")  # airplane_0627.obj_whiteshaded_v0000.png
+# Files that ffmpeg reads sound and pictures from, in upper or lower case.
+SOUND = (".wav", ".aac", ".aif", ".aiff", ".au", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg")
+SOUND += (".opus", ".wma")
+VIDEO = (".mp4", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mpeg")
+VIDEO += (".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv")
+VIEW_NAME = re.compile(
+    r"(\w+?_\d{4})\D.*?(\d+)\.(?i:png)"
+)  # airplane_0627.obj_whiteshaded_v0000.png
 
 
 @dataclass
@@ -68,13 +77,17 @@ def read_lines(path: Path, columns: int, form: str, delimiter: str) -> Iterable[
 
 
 def read_crema_d(source: Path, lists: Path | None) -> Listing:
-    """AudioWAV/<clip>.wav and VideoFlash/<clip>.flv, clips named actor_sentence_emotion_level."""
+    """AudioWAV/<clip>.wav and VideoFlash/<clip>.flv, clips named actor_sentence_emotion_level.
+
+    Other containers of that name do as well.
+    """
     sound, pictures = source / "AudioWAV", source / "VideoFlash"
     if not sound.is_dir() or not pictures.is_dir():
         raise PrepareError(
             f"{source} has no folders AudioWAV and VideoFlash: give --source the folder of a "
             "CREMA-D clone"
         )
+    sounds, films = index_files(sound, SOUND), index_files(pictures, VIDEO)
     if lists:
         listed = [
             (clip, label, split)
@@ -82,20 +95,21 @@ def read_crema_d(source: Path, lists: Path | None) -> Listing:
             for clip, label in read_lines(lists / f"{split}.csv", 2, "CLIP,LABEL", ",")
         ]
     else:
-        clips = {path.stem for path in [*sound.glob("*.wav"), *pictures.glob("*.flv")]}
-        listed = [(clip, "".join(clip.split("_")[2:3]), None) for clip in sorted(clips)]
-    rows, missing = [], []
+        clips = sorted({*sounds, *films})
+        listed = [(clip, "".join(clip.split("_")[2:3]), None) for clip in clips]
+    rows, missing, notes = [], [], []
     for clip, label, split in listed:
         if label in EMOTIONS:
-            inputs = [pictures / f"{clip}.flv", sound / f"{clip}.wav"]
+            film = find(films, pictures / f"{clip}.flv", notes)
+            inputs = [film, find(sounds, sound / f"{clip}.wav", notes)]
             rows.append(Row(clip, clip, label, inputs, split))
         else:
             missing.append((clip, f"unknown label: {label!r} is none of {', '.join(EMOTIONS)}"))
-    return Listing(rows, EMOTIONS, missing=missing)
+    return Listing(rows, EMOTIONS, notes, missing)
 
 
 def read_ave(source: Path, lists: Path | None) -> Listing:
-    """<video>.mp4 anywhere below, cut to the seconds in which the event is seen and heard."""
+    """<video>.mp4, or .mkv and so on, anywhere below, cut to the seconds of its event."""
     form = "Category&VideoID&quality&start&end"
     files = index_files(source)
     if lists:
@@ -109,10 +123,12 @@ def read_ave(source: Path, lists: Path | None) -> Listing:
                 continue
             try:
                 start, end = map(float, ends)
+                if not 0 <= start < math.inf or not math.isfinite(end):
+                    raise ValueError
             except ValueError:
                 raise PrepareError(f"{path}, line {number}: not of the form {form}") from None
             segment = (start, end) if end > start else None
-            path_of_clip = find(files, source, video, notes)
+            path_of_clip = find(files, source / f"{video}.mp4", notes)
             row = Row(video, video, label, [path_of_clip], split, segment)
             if segment is None:
                 problem = f"empty segment: from {start:g} to {end:g} s, so all of it is used"
@@ -124,14 +140,15 @@ def read_ave(source: Path, lists: Path | None) -> Listing:
 
 
 def read_vggsound(source: Path, lists: Path | None) -> Listing:
-    """<video>_<start, 6 digits>.mp4 anywhere below, 10 s each; vggsound.csv has the splits."""
+    """<video>_<start, 6 digits>.mp4, or .mkv and so on, anywhere below; vggsound.csv has splits."""
     form = "video,start,label,split with split train or test"
     path, files, rows, notes = source / "vggsound.csv", index_files(source), [], []
     for number, (video, start, label, split) in enumerate(read_lines(path, 4, form, ","), 1):
         if not start.isdecimal() or split not in SPLITS:
             raise PrepareError(f"{path}, line {number}: not of the form {form}")
         key = f"{video}_{int(start):06d}"
-        rows.append(Row(key, video, label, [find(files, source, key, notes)], split))
+        film = find(files, source / f"{key}.mp4", notes)
+        rows.append(Row(key, video, label, [film], split))
     ordered = sorted(rows, key=lambda row: row.split != "train")
     return Listing(rows, list(dict.fromkeys(row.label for row in ordered)), notes)
 
@@ -140,9 +157,9 @@ def read_modelnet40(source: Path, lists: Path | None) -> Listing:
     """<class>/{train,test}/<object>...<view>.png with 12 views of each object."""
     listing = Listing([], [])
     for split in ("train", "test"):
-        for folder in sorted(source.glob(f"*/{split}")):
+        for folder in sorted(source.glob(f"[!.]*/{split}")):
             views = defaultdict(list)
-            for path in folder.glob("*.png"):
+            for path in folder.glob("[!.]*.[pP][nN][gG]"):
                 if match := VIEW_NAME.fullmatch(path.name):
                     views[match[1]].append((int(match[2]), path))
                 else:
@@ -163,24 +180,32 @@ def read_modelnet40(source: Path, lists: Path | None) -> Listing:
     return listing
 
 
-def index_files(source: Path) -> dict[str, list[Path]]:
-    """The paths of every mp4 file below `source`, by its name without the extension."""
+def index_files(source: Path, endings: tuple[str, ...] = VIDEO) -> dict[str, list[Path]]:
+    """The paths of the files below `source` with one of the endings, by name without it.
+
+    Names that begin with a dot are not data: a Mac leaves ._x.mp4 beside x.mp4 on foreign disks.
+    """
     if not source.is_dir():
         raise PrepareError(f"no folder {source}: give --source the folder with the dataset")
     files = defaultdict(list)
-    for path in sorted(source.rglob("*.mp4")):
-        files[path.stem].append(path)
+    for folder, below, names in os.walk(source):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(names):
+            stem, ending = os.path.splitext(name)
+            if ending.lower() in endings and not name.startswith("."):
+                files[stem].append(Path(folder, name))
     return files
 
 
-def find(files: dict[str, list[Path]], source: Path, name: str, notes: list) -> Path:
-    """The file of that name, or where it would be expected: its absence is reported later.
+def find(files: dict[str, list[Path]], expected: Path, notes: list) -> Path:
+    """The file of the name of `expected`, or that path itself: its absence is reported later.
 
     Of several the first one, with a note.
     """
-    paths = files.get(name, [source / f"{name}.mp4"])
-    note = (name, f"duplicate: {len(paths)} files of that name, {paths[0]} is used")
-    if len(paths) > 1 and note not in notes:
+    paths = sorted(files.get(expected.stem, [expected]))
+    unused = " and ".join(map(str, paths[1:]))
+    note = (expected.stem, f"duplicate: {len(paths)} files: {paths[0]} is used, not {unused}")
+    if unused and note not in notes:
         notes.append(note)
     return paths[0]
 
@@ -190,13 +215,14 @@ class Dataset:
     """How one dataset is read and split.
 
     test, val: the share of all and the share of the rest that a drawn split gets.
-    short:     the default short side in pixels; sound: whether it has any.
+    short:     the default short side in pixels, None for that of the files.
+    sound:     whether it has any.
     fps:       the default frames a second: ten of a typical clip, from which training draws.
     """
 
     read: Callable[[Path, Path | None], Listing]
     sound: bool = True
-    short: int = 256
+    short: int | None = 256
     test: float = 0.0
     val: float = 0.1
     fps: float = 1.0
@@ -206,7 +232,7 @@ DATASETS = {
     "crema-d": Dataset(read_crema_d, test=744 / 7442, fps=4.0),  # clips of about 2.5 s
     "ave": Dataset(read_ave, test=402 / 4143, val=402 / 3741),
     "vggsound": Dataset(read_vggsound),
-    "modelnet40": Dataset(read_modelnet40, sound=False, short=224, val=0.2),
+    "modelnet40": Dataset(read_modelnet40, sound=False, short=None, val=0.2),
 }
 
 
@@ -268,17 +294,20 @@ def draw_groups(rows: list[Row], share: float, generator: random.Random) -> set[
     return drawn
 
 
-def assign_splits(rows: list[Row], dataset: Dataset, val: float, seed: int) -> None:
-    """Fills in the splits that the lists leave open: test if no row has one, then validation."""
+def assign_splits(
+    rows: list[Row], kept: list[Row], dataset: Dataset, val: float, seed: int
+) -> None:
+    """Fills in the splits that the lists leave open: test if no row has one, then validation.
+
+    They are drawn among the rows kept, so that what is missing leaves none of them empty.
+    """
     generator = random.Random(seed)
     for split, share in (("test", dataset.test), ("val", val)):
-        if not any(row.split == split for row in rows):
-            open_rows = [row for row in rows if row.split in (None, "train")]
+        if share and not any(row.split == split for row in rows):
+            open_rows = [row for row in kept if row.split in (None, "train")]
             drawn = draw_groups(open_rows, share, generator)
             for row in open_rows:
                 row.split = split if row.group in drawn else row.split
-    for row in rows:
-        row.split = row.split or "train"
 
 
 def assign_speakers(rows: list[Row], val: float, seed: int) -> None:

@@ -399,6 +399,7 @@ def test_real_views():
 def test_hash_is_over_sorted_names_and_bytes(tmp_path):
     for name, content in {"1_b_0.wav": "second", "0_a_0.wav": "first", "notes.txt": "not"}.items():
         (tmp_path / name).write_text(content)
+    (tmp_path / "._0_a_0.wav").write_text("of a Mac")
     expected = prepare.hashlib.sha256(b"0_a_0.wavfirst1_b_0.wavsecond").hexdigest()
     assert prepare.recordings_sha256(tmp_path) == expected
     assert prepare.recordings_sha256(str(tmp_path)) == expected

@@ -107,10 +107,13 @@ def refused(capsys):
 
 
 def list_rows(name, *arguments):
-    """The listing that a command line asks for, without preparing anything."""
+    """The listing that a command line asks for with its splits, as if all its files were there."""
     parser = clips.argparse.ArgumentParser()
     clips.add_parsers(parser.add_subparsers())
-    return clips.list_rows(parser.parse_args([name, "--source", *map(str, arguments)]))
+    args = parser.parse_args([name, "--source", *map(str, arguments)])
+    listing = clips.list_rows(args)
+    clips.split_rows(args, listing, listing.rows)
+    return listing
 
 
 def sizes(rows):
@@ -218,24 +221,21 @@ def test_real_views_are_prepared_and_loaded(tmp_path):
     assert rows.keys() == {"airplane_0001", "airplane_0627", "bed_0001", "bed_0516"}
     assert rows["bed_0516"] == {"split": "test", "label": "1", "frames": "12", "seconds": ""}
 
-    def picture(path):
-        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).float()
-
     def original(view):
         name = f"airplane_0627.obj_whiteshaded_v{view:04d}.png"
-        return picture(source / "airplane" / "test" / name)
+        return source / "airplane" / "test" / name
 
-    for view in (0, 6, 11):
-        stored = picture(out / "frames" / "airplane_0627" / f"{view + 1:04d}.jpg")
-        assert stored.shape == (224, 224, 3) and stored.std() > 10
-        assert (stored - original(view)).abs().mean() < 2
+    for view in range(12):  # without loss
+        stored = out / "frames" / "airplane_0627" / f"{view + 1:04d}.png"
+        assert stored.read_bytes() == original(view).read_bytes()
     splits = load_dataset("modelnet40", tmp_path)
     assert splits.shapes == {"front": (3, 224, 224), "rear": (3, 224, 224)}
     inputs, labels, _ = next(splits.test.batches(2))
     for view, name in ((0, "front"), (6, "rear")):
         image = inputs[name][labels.tolist().index(0)].permute(1, 2, 0)
         shown = (image * torch.tensor([0.229, 0.224, 0.225])) + torch.tensor([0.485, 0.456, 0.406])
-        assert (255 * shown - original(view)).abs().mean() < 2
+        picture = torch.from_numpy(np.array(Image.open(original(view)).convert("RGB")))
+        assert (255 * shown - picture).abs().mean() < 2
 
 
 @public("crema-d")
@@ -255,6 +255,7 @@ def test_real_lfs_pointers(clone, tmp_path, refused):
 @pytest.mark.parametrize("name", FROM_FILES)
 def test_fake_end_to_end(name, made, capsys):
     out, views = made(name, 24), name == "modelnet40"
+    ending = "png" if views else "jpg"
     manifest = json.loads((out / "manifest.json").read_text())
     rates = {"crema-d": 4.0, "ave": 1.0, "vggsound": 1.0, "modelnet40": None}
     options = {"fps": rates[name], "short_side": 32, "sample_rate": None if views else 16000}
@@ -273,9 +274,9 @@ def test_fake_end_to_end(name, made, capsys):
     for row in rows:
         folder = out / "frames" / row["id"]
         frames = sorted(path.name for path in folder.iterdir())
-        assert frames == [f"{n:04d}.jpg" for n in range(1, int(row["frames"]) + 1)]
+        assert frames == [f"{n:04d}.{ending}" for n in range(1, int(row["frames"]) + 1)]
         assert len(frames) == {"crema-d": 8, "modelnet40": 12}.get(name, 2)
-        image = Image.open(folder / "0001.jpg").convert("RGB")
+        image = Image.open(folder / f"0001.{ending}").convert("RGB")
         assert min(image.size) == 32
         seen[row["label"]].append(np.asarray(image.resize((8, 8)), float).ravel())
         if not views:
@@ -419,7 +420,7 @@ def test_silent_clips_are_kept_and_short_ones_have_a_frame(crema, capsys):
     write_wav(source / "AudioWAV" / f"{silent}.wav", np.zeros(32000))
     for path in (source / "VideoFlash" / f"{short}.flv", source / "AudioWAV" / f"{short}.wav"):
         long = path.rename(path.with_name("long" + path.suffix))
-        media.run_ffmpeg(["-i", str(long), "-t", "0.3", str(path)], source)
+        media.run_ffmpeg(["-i", str(long), "-t", "0.3", str(path)], source, long)
         long.unlink()
     for _ in range(2):  # reported even after a restart
         assert run(*again(crema)) == 0
@@ -452,10 +453,10 @@ def test_segments_are_cut_out_and_repeated_ids_are_kept(tmp_path, capsys):
     def sound(out, clip):
         return media.read_samples(tmp_path / out / "audio" / f"{clip}.wav")[:8000]
 
-    train, val = ["Bark 2 0&1", "Goat 2 0&1"], ["Goat 3 1&1", "Goat 3 1&1"]
+    train, val = ["Bark 2 0&1", "Goat 2 0&1", "Bark 1 0&2"], ["Goat 3 1&1", "Goat 3 1&1"]
     rows = prepare_lists("out", train=train, val=val, test=["Bark 4 0&2", "Goat 2 1&2"])
     found = {f"{name[10:]} {row['split']} {row['label']}" for name, row in rows.items()}
-    assert found == {"2 train 0", "2.2 train 1", "2.3 test 1", "3 val 1", "4 test 0"}
+    assert found == {"1 train 0", "2 train 0", "2.2 train 1", "2.3 test 1", "3 val 1", "4 test 0"}
     assert abs(float(rows["fake0000002"]["seconds"]) - 1) < 0.1
     assert abs(float(rows["fake0000003"]["seconds"]) - 2) < 0.1
     assert not np.array_equal(sound("out", "fake0000002"), sound("out", "fake0000002.3"))
@@ -464,15 +465,120 @@ def test_segments_are_cut_out_and_repeated_ids_are_kept(tmp_path, capsys):
     clean = prepare_lists("clean", "--remove-leaks").items()
     assert "leak, removed (1)" in capsys.readouterr().out
     splits = {name.removeprefix("fake000000"): row["split"] for name, row in clean}
-    assert splits == {"2.3": "test", "3": "val", "4": "test"}
-    prepare_lists("past", "--allow-missing", val=["Goat 3 5&9", "Goat 5 0&3"])
-    assert problems(tmp_path / "past")["fake0000003"].startswith("no frames: ")
-    assert problems(tmp_path / "past")["fake0000005"].startswith("short: the file has 2.0 s")
+    assert splits == {"1": "train", "2.3": "test", "3": "val", "4": "test"}
+    prepare_lists("past", "--allow-missing", val=["Goat 3 5&9", "Goat 5 0&5"])
+    assert "fake0000003.mp4 ends before the segment" in problems(tmp_path / "past")["fake0000003"]
+    assert problems(tmp_path / "past")["fake0000005"].startswith("short: 2.0 of 5.0 s of ")
     before = sound("out", "fake0000002")  # a clip is made anew if its segment changed
     lists = {"train": ["Bark 2 1&2"], "val": ["Bark 3 0&1"], "test": ["Bark 4 0.5&1"]}
     rows = prepare_lists("out", **lists)
     assert abs(float(rows["fake0000004"]["seconds"]) - 0.5) < 0.1
     assert not np.array_equal(sound("out", "fake0000002"), before)
+
+
+SILENT = "silent: there is nothing to hear in {}/one.wav"
+
+
+def make_media(folder):
+    """Tiny files of every kind that users have; a name says what is in it."""
+
+    def make(name, *arguments):
+        media.run_ffmpeg(["-threads", "1", *" ".join(arguments).split(), name], folder, folder)
+
+    def film(seconds, more=""):
+        return f"-f lavfi -i testsrc=s=32x32:r=5:d={seconds}{more}"
+
+    def tone(seconds):
+        return f"-f lavfi -i sine=d={seconds}"
+
+    for name in ("p7s10.mp4", "p7s10.mkv", "p7s10.flv"):
+        make(name, film(7), tone(10), "-ar 44100")
+    make("p10s7.MP4", film(10), tone(7))
+    make("late.mp4", film(10), "-itsoffset 3", tone(7))
+    make("late.ts", film(10), "-itsoffset 3", tone(7))
+    make("long.mp4", film(30), tone(30), "-movflags faststart")
+    make("short.mp4", film(10), tone(2))
+    make("film.avi", film(2.2))
+    make("tone.wav", tone(3))
+    make("one.wav", "-f lavfi -i sine=r=16000:d=1 -af atrim=end_sample=1")
+    (folder / "s.srt").write_text("1\n00:00:00,000 --> 00:00:30,000\nhello\n")
+    make("subtitle.mkv", "-i p10s7.MP4 -i s.srt -map 0 -map 1 -c copy -c:s srt")
+    make("three.mp4", film(3, ",fps=1"), "-c:v mpeg4")
+    hold = "-i three.mp4 -c copy -bsf:v setts=duration=8*16384"
+    make("held.mp4", hold)
+    make("held10.mp4", "-i held.mp4", tone(10), "-map 0 -map 1 -c:v copy")
+    header = (folder / "tone.wav").read_bytes()
+    at = header.index(b"data") + 4
+    for name, size in (("zero.wav", bytes(4)), ("piped.wav", b"\xff" * 4)):
+        (folder / name).write_bytes(header[:at] + size + header[at + 4 :])
+    for name in ("p7s10.mkv", "p7s10.flv", "long.mp4", "tone.wav"):
+        shutil.copy(folder / name, folder / f"cut.{name}")
+        cut_in_half(folder / f"cut.{name}")
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    make_media(folder)
+    return folder
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("names", "segment", "frames", "seconds", "notes"),
+    [
+        ("p7s10.mp4", None, 7, 10, []),
+        ("p7s10.mkv", None, 7, 10, []),
+        ("p7s10.flv", None, 7, 10, []),
+        ("p10s7.MP4", None, 10, 7, []),
+        ("subtitle.mkv", None, 10, 7, []),
+        ("late.mp4", None, 10, 10, []),
+        ("late.ts", None, 10, 10, []),
+        ("late.mp4", (1, 5), 4, 4, []),
+        ("late.mp4", (0, 4), 4, 4, ["short: 1.0 of 4.0 s of sound in {}/late.mp4"]),
+        ("held10.mp4", None, 10, 10, []),
+        ("held10.mp4", (5, 9), 4, 4, []),
+        ("long.mp4", None, 10, 10, ["long: {}/long.mp4 has 30.0 s, the first 10 are used"]),
+        ("long.mp4", (20, 23.5), 4, 3.5, []),
+        ("cut.long.mp4", (0, 3), 3, 3, []),
+        ("short.mp4", None, 10, 2, ["short: 2.0 of 10.0 s of sound in {}/short.mp4"]),
+        ("film.avi zero.wav", None, 3, 3, []),
+        ("film.avi piped.wav", None, 3, 3, []),
+        ("film.avi one.wav", None, 3, 0, ["short: 0.0 of 2.2 s of sound in {}/one.wav", SILENT]),
+    ],
+)
+def test_one_window_for_pictures_and_sound(names, segment, frames, seconds, notes, kinds, tmp_path):
+    inputs = [kinds / name for name in names.split()]
+    found = media.extract_clip(inputs, segment, tmp_path / "work", fps=1, short=32)
+    assert found[0] == frames and abs(found[1] - seconds) < 0.05
+    assert found[2] == [note.format(kinds) for note in notes]
+    if names == "late.mp4":  # nothing is heard before 3 s
+        first = np.flatnonzero(np.abs(media.read_samples(tmp_path / "work/audio.wav")) > 500)[0]
+        assert abs(first / 16000 - (3 - (segment or (0,))[0])) < 0.1
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("names", "segment", "problem"),
+    [
+        ("cut.long.mp4", (20, 25), "truncated: "),
+        ("cut.p7s10.mkv", None, "truncated: "),
+        ("cut.p7s10.flv", None, "truncated: "),
+        ("film.avi cut.tone.wav", None, "truncated: {} has 1."),
+        ("p7s10.mp4", (12, 14), "no pictures: {} ends before the segment: pictures up to 7.0 s"),
+        ("short.mp4", (5, 9), "no sound: {} ends before the segment: sound up to 2.0 s"),
+        ("late.mp4", (0, 2), "no sound: {} has none from 0 to 2 s"),
+        ("film.avi", None, "no sound: {} has none"),
+        ("tone.wav", None, "no pictures: {} has none"),
+        ("s.srt", None, "no pictures: {} has none"),
+        ("film.avi held.mp4", None, "no sound: {} has none"),
+    ],
+)
+def test_what_a_file_lacks_is_said_with_its_name(names, segment, problem, kinds, tmp_path):
+    inputs = [kinds / name for name in names.split()]
+    with pytest.raises(media.ClipError) as error:
+        media.extract_clip(inputs, segment, tmp_path / "work", fps=1, short=32)
+    assert str(error.value).startswith(problem.format(inputs[-1]))
 
 
 @needs_ffmpeg
@@ -484,14 +590,79 @@ def test_bad_views_and_two_files_of_one_clip(tmp_path, refused):
     refused(["modelnet40", "--source", source, "--out", tmp_path / "out"], "3 of 4 clips")
     found = problems(tmp_path / "out")
     assert "11 of 12 views" in found["airplane_0000"]
-    assert found["bed_0001"].startswith("unreadable: ")
+    cut = source / "bed" / "train" / "bed_0001.obj_whiteshaded_v0003.png"
+    assert found["bed_0001"].startswith(f"damaged: {cut} is not a whole JPEG or PNG file")
     assert found["bed"].startswith("unknown name: ")
     source = fake.write_fake("vggsound", 1, tmp_path / "source")
     clip = min(source.rglob("*.mp4"))
     (source / "aaa").mkdir()
     shutil.copy(clip, source / "aaa")
-    note = f"duplicate: 2 files of that name, {source / 'aaa' / clip.name} is used"
+    note = f"duplicate: 2 files: {source / 'aaa' / clip.name} is used, not {clip}"
     assert (clip.stem, note) in list_rows("vggsound", source).notes
+
+
+def test_files_are_found_by_their_stem_and_names_with_a_dot_are_not_data(clone, tmp_path):
+    sounds, films = clone / "AudioWAV", clone / "VideoFlash"
+    for path in ("1001_DFA_ANG_XX.WAV", "._1001_DFA_ANG_XX.wav", "._1002_DFA_SAD_XX.wav"):
+        (sounds / path).touch()
+    for path in ("1001_DFA_ANG_XX.mkv", "1001_DFA_ANG_XX.webm", "1001_DFA_ANG_XX.txt"):
+        (films / path).touch()
+    listing = list_rows("crema-d", clone)
+    name = "1001_DFA_ANG_XX"
+    assert [row.inputs for row in listing.rows] == [[films / f"{name}.mkv", sounds / f"{name}.WAV"]]
+    two = f"{films / name}.mkv is used, not {films / name}.webm"
+    assert listing.notes == [(name, f"duplicate: 2 files: {two}")]
+    (clone / "vggsound.csv").write_text("x,1,dog,train\ny,2,dog,test\n")
+    (clone / ".Trashes").mkdir()
+    for path in ("x_000001.MP4", "._x_000001.mp4", ".Trashes/x_000001.mp4", "x_000001.json"):
+        (clone / path).touch()
+    listing = list_rows("vggsound", clone)
+    assert listing.notes == [] and listing.rows[0].inputs == [clone / "x_000001.MP4"]
+    assert listing.rows[1].inputs == [clone / "y_000002.mp4"]  # reported as missing later
+    (tmp_path / "bed" / "train").mkdir(parents=True)
+    for view in range(12):
+        for dot in ("", "._"):
+            (tmp_path / "bed" / "train" / f"{dot}bed_0001_{view:03}.png").touch()
+    listing = list_rows("modelnet40", tmp_path)
+    assert len(listing.rows) == 1 and listing.missing == []
+
+
+@needs_ffmpeg
+def test_splits_are_drawn_from_what_is_there_or_an_empty_one_is_named(tmp_path, refused):
+    source, rows = fake.write_fake("vggsound", 24, tmp_path / "source"), "Goat&{0}&good&0&1\n"
+    arguments = ["vggsound", "--source", source, "--out", tmp_path / "out", *SMALL]
+    ids = defaultdict(list)
+    for row in list_rows("vggsound", source).rows:
+        ids[row.split].append(row.id)
+    keep = [*ids["train"][:3], ids["test"][0]]  # none of those first drawn for validation
+    for path in source.rglob("*.mp4"):
+        if path.stem not in keep:
+            path.unlink()
+    assert run(*arguments, "--allow-missing") == 0
+    found = Counter(row["split"] for row in read_csv(tmp_path / "out" / "clips.csv"))
+    assert found == {"train": 2, "val": 1, "test": 1}
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for split, clip in zip(sources.SPLITS, (keep[0], "gone", keep[1]), strict=True):
+        (lists / f"{split}Set.txt").write_text(rows.format(clip))
+    arguments = ["ave", "--source", source, "--splits", lists, "--out", tmp_path / "ave"]
+    refused([*arguments, "--allow-missing"], "none is for val", "leave --splits away")
+    assert not (tmp_path / "ave" / "frames").exists()  # said at once
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name", prepared_folder.NAMES)
+def test_files_of_the_user_are_never_replaced(name, crema, tmp_path, refused):
+    own = tmp_path / "own" / name / "9000_IEO_SAD_XX" / "0001.jpg"
+    if "." in name:
+        own = tmp_path / "own" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    for _ in range(2):
+        arguments = ["crema-d", "--source", crema / "source", "--out", tmp_path / "own"]
+        refused(arguments, f"{tmp_path / 'own' / name} is there and was not made", "another --out")
+    assert [path.name for path in (tmp_path / "own").iterdir()] == [name]
+    assert own.read_text() == "{}"
 
 
 # ---- Prepared folders ----
@@ -501,6 +672,11 @@ def write_counts(out):
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["counts"]["train"]["NEU"] += 1
     (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def drop_validation(out):
+    lines = (out / "clips.csv").read_text().splitlines()
+    (out / "clips.csv").write_text("\n".join(line for line in lines if ",val," not in line))
 
 
 def repeat_line(out):
@@ -523,6 +699,7 @@ FRAME, SOUND = "frames/9000_IEO_ANG_XX/0002.jpg", "audio/9000_IEO_ANG_XX.wav"
         (lambda out: write_wav(out / SOUND, np.ones(32000), 8000), "has 8000 Hz, 1 channels, 16 b"),
         (lambda out: (out / SOUND).write_bytes(b"x"), "is no WAV file"),
         (write_counts, "counts"),
+        (drop_validation, "no clip is for val"),
         (repeat_line, "an id is there twice"),
     ],
 )
@@ -545,11 +722,16 @@ def test_running_again_repairs_damage_and_follows_the_source(crema, made):
     assert run(*again(crema)) == 0
     assert read_tree(crema) == read_tree(made("crema-d", 6))
     (crema / "cache").mkdir()
-    assert run(*again(crema)) == 0 and (crema / "cache").exists()
+    cached, sad = crema / "cache" / "ogm-ge-0.rows", "frames/9000_IEO_SAD_XX"
+    own = [crema / "cache" / "notes", crema / sad / ".notes", crema / sad / "._0001.jpg"]
+    for path in (cached, *own):
+        path.touch()
+    assert run(*again(crema)) == 0 and cached.exists()
     frames = {path: path.stat().st_mtime_ns for path in crema.glob("frames/*/0001.jpg")}
     films = crema / "source" / "VideoFlash"
     shutil.copy(films / "9000_IEO_ANG_XX.flv", films / "9000_IEO_SAD_XX.flv")
-    assert run(*again(crema)) == 0 and not (crema / "cache").exists()
+    assert run(*again(crema)) == 0 and not cached.exists()
+    assert all(path.exists() for path in own)  # what is not made here stays
     remade = {path.parent.name for path, at in frames.items() if path.stat().st_mtime_ns != at}
     assert remade == {"9000_IEO_SAD_XX"}
     first, other = (crema / FRAME.replace("ANG", name) for name in ("SAD", "ANG"))
@@ -600,7 +782,7 @@ def test_damage_of_what_tells_the_finished_clips(crema, made, refused):
     ]:
         before = (hidden / name).read_text()
         (hidden / name).write_text(text)
-        refused(again(crema), f"{hidden / name} is damaged: delete {hidden} and")
+        refused(again(crema), f"{hidden / name} is damaged: delete it and")
         (hidden / name).write_text(before)
     shutil.rmtree(hidden)
     refused(again(crema, "--short-side", 64), "was begun with short_side 32")
@@ -618,10 +800,12 @@ def test_no_ffmpeg_and_a_full_disk(crema, tmp_path, monkeypatch, refused):
     refused(arguments, "apt-get install ffmpeg", "brew install ffmpeg")
     assert not out.exists()
     assert run("crema-d", "--check", "--out", crema) == 0  # needs none
-    # An ffmpeg that meets a full disk at once, as the real one would say it.
-    program.write_text("#!/bin/sh\necho '[error] No space left on device' >&2\nexit 1\n")
+    program.write_text("#!/bin/sh\necho '[error] in some other words' >&2\nexit 1\n")
     program.chmod(0o755)
+    refused(arguments, "no program ffprobe", "imageio-ffmpeg has no ffprobe")
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{path}")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(media.shutil, "disk_usage", lambda path: usage)
     refused(arguments, "is full", "are kept")
     assert not (out / "manifest.json").exists()
 
@@ -668,7 +852,8 @@ def test_bad_lists_few_speakers_and_a_real_source(clone, tmp_path, refused):
     arguments = ["crema-d", "--source", clone, "--out", tmp_path / "out"]
     refused([*arguments, "--splits", tmp_path / "gone"], "CLIP,LABEL")
     (clone / "AudioWAV" / "1001_DFA_ANG_XX.wav").touch()
-    refused([*arguments, "--split", "speakers"], "needs 3 actors or more, the source has 1")
+    with pytest.raises(media.PrepareError, match="needs 3 actors or more, the source has 1"):
+        list_rows("crema-d", clone, "--split", "speakers")
     (clone / "AudioWAV" / "notes.wav").touch()
     listing = list_rows("crema-d", clone)
     assert len(listing.rows) == 1 and listing.missing[0][1].startswith("unknown label")
