@@ -384,6 +384,8 @@ def test_checkpoints_are_those_that_summary_and_history_speak_of(tmp_path):
         ({"method": "pmr", "seed": 1}, "method, seed"),
         ({"test": {"accuracy": math.nan}}, "test.accuracy"),
         ({"best": {}}, "best.test.accuracy"),
+        ({"test": {"accuracy": 10**400}}, "test.accuracy"),
+        ({"val": {"accuracy": 1.0, "gray": {"head": [1]}}}, "val"),
         ({"cpu_seconds": None, "parameters": "many"}, "cpu_seconds, parameters"),
     ],
 )
@@ -419,6 +421,13 @@ def test_damaged_history_and_predictions_of_a_finished_run_are_a_sentence(finish
         UserError, match=r"predictions\.npz cannot be read .*val_logits.*--method j"
     ):
         there.read_predictions("val_logits")
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read \(gap is missing\)"):
+        there.read_history("val.accuracy", "gap")
+    whole = dict(np.load(there.folder / "predictions.npz"))
+    for other in (whole["logits"][:3], whole["logits"].astype(">f4"), whole["label"]):
+        np.savez(there.folder / "predictions.npz", **whole | {"logits": other})
+        with pytest.raises(UserError, match=r"read \(logits is \S+ of shape .*, not \(17, 10\)\)"):
+            logits()
     readers = {"metrics.jsonl": there.read_history, "predictions.npz": logits}
     for name, reader in readers.items():
         path = there.folder / name
