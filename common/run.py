@@ -327,7 +327,7 @@ class Run:
             with np.load(path) as arrays:
                 found = arrays[name]
             samples = self.config.sizes["val" if name.startswith("val_") else "test"]
-            shape = (samples,) if name == "label" else (samples, self.config.num_classes)
+            shape = (samples,) if name in ("index", "label") else (samples, self.config.num_classes)
             if name == "val_trace":
                 shape = (self.summary["epochs"], *shape)
             if found.shape != shape or found.dtype not in (np.int64, np.float32):

@@ -570,6 +570,17 @@ def test_json_is_strict_and_what_is_no_number_is_null(tmp_path):
     assert summary == there.summary == {"x": [None, [1.5, None]], "y": {"z": None}}
     (there.folder / "summary.json").write_text('{"x": NaN, "y": 1e999}')  # by another program
     assert storage.read_json(there.folder / "summary.json") == {"x": None, "y": None}
+    storage.write_text(there.folder / "config.json", "half a character: \ud800")
+    assert (there.folder / "config.json").read_text() == "half a character: ?"
+
+
+def test_errors_of_the_toy_study_under_words_of_another_kind_are_a_sentence(tmp_path):
+    path, names = tmp_path / "errors.json", ("set", "seed")
+    for word in (["A"], {}, None):
+        record = {"arguments": {"heads": 4}, "runs": [{"set": word, "seed": 0, "test": 1.0}]}
+        storage.write_json(path, record)
+        with pytest.raises(UserError, match=r"errors\.json is of another version .*--overwrite"):
+            storage.read_runs(path, {"heads": 4}, names, ["test"])
 
 
 @pytest.mark.parametrize(
