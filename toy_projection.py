@@ -326,7 +326,7 @@ def parse_args(argv=None):
     add("--dataset", nargs="+", choices=list(SETS), default=list(SETS), help="default: both")
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--regime", choices=list(REGIMES), default="table1", help="%(default)s")
-    add("--heads", type=number(int, 2), default=4, metavar="K", help="heads of MHM (%(default)s)")
+    add("--heads", type=number(int, 2, 180), default=4, metavar="K", help="of MHM (%(default)s)")
     add("--epochs", type=number(int, 1), metavar="N", help="default: by regime and dataset")
     add("--seeds", type=number(int, 0), nargs="+", default=list(range(20)), help="default: 0 to 19")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="%(default)s")

@@ -52,5 +52,14 @@ def check_summary(summary, arguments):
     if lookup(summary, "best.epoch") is not None:  # else it was put together from other runs
         numbers += ["val.accuracy", "cpu_seconds", "parameters"]
     wrong += [key for key in numbers if not isinstance(lookup(summary, key), (int, float))]
+    parts = {key: value for key, value in summary.items() if isinstance(value, dict)}
+    wrong += [key for key, value in parts.items() if not numeric(value)]
     if wrong:
         raise ValueError(f"see {', '.join(wrong)}")
+
+
+def numeric(value):
+    """Whether nested dicts hold nothing but numbers and None."""
+    if isinstance(value, dict):
+        return all(map(numeric, value.values()))
+    return value is None or isinstance(value, (int, float))

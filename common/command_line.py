@@ -75,7 +75,13 @@ def build_parser(script, dataset):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=list(DATASETS), default=script.dataset, help="default: %(default)s")
     add("--data-root", default="data", metavar="DIR", help="where datasets lie (%(default)s)")
-    add("--data-seed", type=int, default=0, metavar="N", help="split, colors, pairing (0)")
+    add(
+        "--data-seed",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="split, colors, pairing (0)",
+    )
     add("--train-samples", type=number(int, 1), metavar="N", help="cap, other splits in proportion")
     add = parser.add_argument_group("method").add_argument
     add(
@@ -110,7 +116,7 @@ def build_parser(script, dataset):
         "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda or cpu"
     )
     threads = "of the CPU; default: 1 where networks are small, as more get in each other's way"
-    add("--threads", type=number(int, 1), metavar="N", help=threads)
+    add("--threads", type=number(int, 1, 1024), metavar="N", help=threads)
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="%(default)s")
     add(
         "--num-workers",
@@ -365,6 +371,7 @@ TORCH_ERRORS = {
     "larger images.",
     "without overflow": "A number became too large for float32; try a lower --lr, or a lower "
     "weight of the method's own terms.",
+    "allocate": "There is too little memory; choose a smaller --batch-size, or smaller samples.",
     "DataLoader worker": "A process that reads the files was ended from outside; if memory was "
     "short, or shared memory (docker run --shm-size), choose fewer --num-workers. --resume goes on "
     "from the last whole epoch.",
@@ -379,7 +386,7 @@ def run_command(main):
         sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, MemoryError) as error:
         sentences = [text for words, text in TORCH_ERRORS.items() if words in str(error)]
         if not sentences:
             raise

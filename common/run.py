@@ -10,6 +10,7 @@ import math
 import re
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -304,13 +305,17 @@ class Run:
             raise UserError(f"{place} is of another version (see {path}); {self.remedy}.")
         return value
 
-    def read_history(self):
-        """The entries of metrics.jsonl of a finished run, one for each of its epochs."""
+    def read_history(self, *paths):
+        """The entries of metrics.jsonl of a finished run, one for each of its epochs; each has a
+        number at all the `paths`."""
         path = self.folder / "metrics.jsonl"
         try:
             history = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
             if [entry["epoch"] for entry in history] != list(range(self.summary["epochs"])):
                 raise ValueError("epochs are missing")
+            for key, entry in product(paths, history):
+                if not isinstance(lookup(entry, key), (int, float)):
+                    raise ValueError(f"{key} is missing")
             return history
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}); {self.remedy}.") from error
@@ -320,7 +325,14 @@ class Run:
         path = self.folder / "predictions.npz"
         try:
             with np.load(path) as arrays:
-                return arrays[name]
+                found = arrays[name]
+            samples = self.config.sizes["val" if name.startswith("val_") else "test"]
+            shape = (samples,) if name in ("index", "label") else (samples, self.config.num_classes)
+            if name == "val_trace":
+                shape = (self.summary["epochs"], *shape)
+            if found.shape != shape or found.dtype not in (np.int64, np.float32):
+                raise ValueError(f"{name} is {found.dtype} of shape {found.shape}, not {shape}")
+            return found
         except Exception as error:  # a damaged zip file has many ways to fail
             raise UserError(f"{path} cannot be read ({error}); {self.remedy}.") from error
 

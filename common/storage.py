@@ -1,8 +1,8 @@
 """Files that are whole or not there: written beside and renamed, and read with a sentence."""
 
 import json
-import math
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def write_atomically(path, write):
 
 
 def write_text(path, text):
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode(errors="replace")))
 
 
 def write_json(path, value):
@@ -56,12 +56,14 @@ def to_json(value, **options):
 
 
 def strict(value):
-    """`value` with None where a number is NaN or infinite, which JSON does not have."""
+    """`value` with None where a number is NaN or infinite, which JSON does not have, or an int that
+    is too large for a float."""
     if isinstance(value, dict):
         return {key: strict(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [strict(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = not isinstance(value, (int, float)) or abs(value) <= sys.float_info.max
+    return value if finite else None
 
 
 def parse_json(text):
@@ -106,7 +108,8 @@ def read_runs(path, arguments, names, numbers):
     try:
         refuse_another(path, record["arguments"], arguments)
         whole = [
-            {*names} <= run.keys() and all(isinstance(run.get(x), (int, float)) for x in numbers)
+            all(isinstance(run.get(x), (int, str)) for x in names)
+            and all(isinstance(run.get(x), (int, float)) for x in numbers)
             for run in record["runs"]
         ]
         if not whole or not all(whole):

@@ -30,6 +30,8 @@ HEADER = ["id", "split", "label", "frames", "seconds"]
 SAMPLE_CLIPS = 8  # prepared first, to estimate the disk from
 FRAME_NAME = re.compile(r"\d{4,}\.(jpg|png)")
 BLOCK_BYTES = 4096  # a file takes whole blocks of the disk
+# What reading a damaged file of JSON or CSV may raise.
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, csv.Error)
 SHOWN = 5  # problems of a kind that the table shows
 NAMES = ("frames", "audio", "cache", "clips.csv", "manifest.json", "problems.csv")  # what is made
 
@@ -37,6 +39,7 @@ NAMES = ("frames", "audio", "cache", "clips.csv", "manifest.json", "problems.csv
 def write_text(path: Path, text: str) -> None:
     """Writes beside and renames, so that `path` is never half a file."""
     beside = path.with_name(path.name + ".part")
+    beside.unlink(missing_ok=True)  # it could be a link to a file of the user's
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
@@ -52,9 +55,9 @@ def require_own(out: Path) -> None:
     """Raises PrepareError if `out` holds files of the user's where a preparation puts its own."""
     if (out / ".prepare").exists():
         return
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(OSError, *DAMAGE):
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        if {"dataset", "format", "options"} <= manifest.keys():
+        if {"dataset", "format", "options"} <= dict(manifest).keys():
             return
     for name in NAMES:
         if (out / name).exists():
@@ -72,7 +75,7 @@ def locked(out: Path) -> Iterator[None]:
     """
     require_own(out)
     (out / ".prepare").mkdir(parents=True, exist_ok=True)
-    with open(out / ".prepare" / "lock", "w") as file:
+    with open(out / ".prepare" / "lock", "a") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,7 +142,7 @@ class Folder:
             before = json.loads(path.read_text(encoding="utf-8"))
             before |= before.get("options", {})  # that is where the manifest has them
             changed = [f"{key} {before[key]}" for key in media if before[key] != media[key]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             raise damaged(path) from error
         if changed:
             raise PrepareError(
@@ -153,8 +156,9 @@ class Folder:
             for line in self.journal.read_text().splitlines() if self.journal.exists() else []:
                 with suppress(json.JSONDecodeError):  # the line at which a run was killed
                     record = Record(**json.loads(line))
+                    "".join(record.notes)  # TypeError unless they are words
                     done[record.id] = record
-        except (ValueError, TypeError) as error:
+        except DAMAGE as error:
             raise damaged(self.journal) from error
         return done
 
@@ -166,7 +170,7 @@ class Folder:
         try:
             check_stored(self.out, row.id, record.frames, record.seconds)
             return True
-        except ClipError:
+        except (ClipError, ValueError, TypeError):  # a damaged journal has words for numbers
             return False
 
     def extract(self, row: Row) -> Record:
@@ -181,6 +185,8 @@ class Folder:
                 (work / "audio.wav").replace(self.out / "audio" / f"{row.id}.wav")
             else:
                 frames = extract_views(row.inputs, work, short)
+            if frames_folder.is_symlink():  # what it leads to is the user's
+                frames_folder.unlink()
             frames_folder.mkdir(exist_ok=True)
             for path in frames_folder.iterdir():
                 if FRAME_NAME.fullmatch(path.name):  # nothing else was made here
@@ -208,8 +214,9 @@ class Folder:
             self.done.pop(row.id, None)
         lines = [json.dumps(vars(record)) + "\n" for record in self.done.values()]
         write_text(self.journal, "".join(lines))
-        if rows:
-            for path in (self.out / "cache").glob("*.rows"):
+        cache = self.out / "cache"
+        if rows and not cache.is_symlink():  # elsewhere there may be other files of that name
+            for path in cache.glob("*.rows"):
                 path.unlink()
 
     def prepare_all(self, rows: list[Row], workers: int) -> dict[str, str]:
@@ -278,19 +285,20 @@ def check_folder(out: Path, dataset: str) -> str:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         sound = manifest["options"]["sample_rate"] is not None
         classes, counts = manifest["classes"], manifest["counts"]
+        numbers = {str(number): name for number, name in enumerate(classes)}
+        found = {split: dict.fromkeys(classes, 0) for split in SPLITS}
         with open(out / "clips.csv", encoding="utf-8", newline="") as file:
             header, *lines = csv.reader(file)
         clips = [
-            (name, split, classes[int(label)], int(frames), float(seconds) if sound else None)
+            (name, split, numbers[label], int(frames), float(seconds) if sound else None)
             for name, split, label, frames, seconds in lines
         ]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except DAMAGE as error:
         raise PrepareError(f"manifest.json or clips.csv in {out} is damaged: {again}") from error
     if (manifest.get("dataset"), manifest.get("format")) != (dataset, FORMAT) or header != HEADER:
         raise PrepareError(f"{out} holds no {dataset} of format {FORMAT}: check --out")
 
     problems = []
-    found = {split: dict.fromkeys(classes, 0) for split in SPLITS}
     for name, split, label, frames, seconds in tqdm(clips, unit="clip", disable=None):
         try:
             check_stored(out, name, frames, seconds)

@@ -69,11 +69,15 @@ def read_lines(path: Path, columns: int, form: str, delimiter: str) -> Iterable[
         raise PrepareError(f"no file {path}: it should hold lines of the form {form}")
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-        for number, fields in enumerate(csv.reader(file, delimiter=delimiter, quoting=quoting), 1):
-            if fields and len(fields) != columns:
-                raise PrepareError(f"{path}, line {number}: not of the form {form}")
-            if fields:
-                yield fields
+        reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
+        try:
+            for fields in reader:
+                if fields and len(fields) != columns:
+                    raise csv.Error
+                if fields:
+                    yield fields
+        except csv.Error:  # its own is of a field that is longer than any
+            raise PrepareError(f"{path}, line {reader.line_num}: not of the form {form}") from None
 
 
 def read_crema_d(source: Path, lists: Path | None) -> Listing:
@@ -144,7 +148,7 @@ def read_vggsound(source: Path, lists: Path | None) -> Listing:
     form = "video,start,label,split with split train or test"
     path, files, rows, notes = source / "vggsound.csv", index_files(source), [], []
     for number, (video, start, label, split) in enumerate(read_lines(path, 4, form, ","), 1):
-        if not start.isdecimal() or split not in SPLITS:
+        if not start.isdecimal() or len(start) > 6 or split not in SPLITS:
             raise PrepareError(f"{path}, line {number}: not of the form {form}")
         key = f"{video}_{int(start):06d}"
         film = find(files, source / f"{key}.mp4", notes)

@@ -279,8 +279,9 @@ def read_record(path):
     with suppress(TypeError, LookupError, AttributeError, ValueError):
         format_text(record["rows"])
         [row["test"]["mean"] + row["test"]["n"] for row in record["rows"]]
+        shorten(join([record]), [record["dataset"]])
         columns = set.intersection(*(set(row) for row in record["rows"]))
-    if "dataset" in record and {"network", "method", *JOINED} <= columns:
+    if isinstance(record.get("dataset"), str) and {"network", "method", *JOINED} <= columns:
         return record
     raise UserError(f"{path} is no table of a comparison; {remedy}.")
 

@@ -168,7 +168,7 @@ def curves(experiment, methods):
     panels = {"error (%)": {}, "generalization gap (points)": {}, "GS": {}, "GS-harness": {}}
     for method in methods:
         runs = [finished(experiment, method, seed) for seed in seeds]
-        epochs = list(zip(*(run.read_history() for run in runs), strict=True))
+        epochs = list(zip(*(run.read_history("val.accuracy", "gap") for run in runs), strict=True))
         right, gap = mean_by_epoch(epochs, "val.accuracy"), mean_by_epoch(epochs, "gap")
         panels["error (%)"][method] = [100 - accuracy for accuracy in right]
         panels["generalization gap (points)"][method] = gap

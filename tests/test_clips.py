@@ -391,8 +391,9 @@ def test_a_row_counts_when_it_is_whole(tmp_path):
     assert (tag, values.tolist()) == (2.5, [3, 4])
     assert again.get(0, lambda: (1, np.zeros(2)))[0] == 1
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(np.float32([2.5]).tobytes(), bytes(4)))
-    assert again.get(1, lambda: (1, np.ones(2)))[1].tolist() == [1, 1]
+    for tag in (0, -1, np.nan, np.inf):  # of which none is ever written
+        path.write_bytes(whole.replace(*(np.float32([x]).tobytes() for x in (2.5, tag))))
+        assert again.get(1, lambda: (1, np.ones(2)))[1].tolist() == [1, 1]
     path.write_bytes(whole[:-20])  # cut in the middle of row 1 while it is in use
     assert again.get(1, lambda: (1, np.ones(2)))[1].tolist() == [1, 1]
     for content in (whole[:-5], bytes(len(whole)), whole.replace(b"version 1", b"version 0")):

@@ -237,6 +237,8 @@ def test_small_networks_get_one_thread_unless_told(no_data, monkeypatch, words, 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (f"--data-seed {'9' * 700}", "--data-seed: must be a whole number at least 0 and at most"),
+        ("--threads 1000000", "--threads: must be a whole number at least 1 and at most 1024"),
         ("--dataset cifar", "invalid choice: 'cifar'"),
         ("--dataset", "expected one argument"),
         ("--epochs 0", "must be a whole number at least 1, not '0'"),
@@ -445,6 +447,8 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         (KeyboardInterrupt(), "--resume (and without --overwrite)"),
         (ValueError("Expected more than 1 value per channel when"), "choose another --batch-size"),
         (RuntimeError("cannot be converted to type float without overflow"), "a lower --lr"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "a smaller --batch-size"),
+        (MemoryError("Unable to allocate 2 GiB for an array"), "a smaller --batch-size"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), "choose fewer --num-workers"),
     ],
 )

@@ -233,7 +233,11 @@ def test_bad_files_to_join(tmp_path):
     good, bad = write_made(tmp_path, "one", RUNS), tmp_path / "bad.json"
     row = {"network": "late", "method": "joint", "- joint": None, "balance": None}
     rows = [[], [1], [{"test": 1}], [row | {"test": {"mean": np.nan, "standard_error": 0, "n": 1}}]]
-    texts = [json.dumps({"dataset": "two", "rows": rows}) for rows in rows]
+    row |= {"fusion": None, "test": {"mean": 50, "standard_error": 0, "n": 1}}
+    rows += [[row | {key: ["?"]}] for key in ("network", "method", "fusion")]
+    rows += [[row | {"method": 3}], [row | {"test": {"mean": 10**400, "n": 1}}]]
+    texts = [json.dumps({"dataset": name, "rows": [row]}) for name in (3, None, ["two"])]
+    texts += [json.dumps({"dataset": "two", "rows": rows}) for rows in rows]
     for text in ("{", "[]", '{"rows": []}', "[" * 10**5, *texts):
         bad.write_text(text)
         sentence = r"bad\.json (cannot be read|is no table of a comp).*write it anew"

@@ -163,6 +163,7 @@ LATE = {"train_labels": np.arange(40) % 4 + 1, "test_labels": np.arange(40) % 4 
         ),
         ({"train_sound": np.ones(40)}, r"train_sound in .* of shape \(40, D\)"),
         ({"train_sound": np.ones((40, 2, 2))}, r"it is float64 of shape \(40, 2, 2\)"),
+        ({"train_sound": np.ones((40, 0))}, r"it is float64 of shape \(40, 0\)"),
         ({"train_sound": np.ones((39, 3))}, r"it is float64 of shape \(39, 3\)"),
         ({"test_sound": np.ones((40, 4))}, "as wide as train_sound"),
         ({"train_sound": np.array([["x"] * 3] * 40)}, "must be numbers of shape"),
@@ -188,6 +189,14 @@ def test_bad_arrays_are_one_sentence(write, changes, sentence):
     with pytest.raises(UserError, match=sentence) as error_info:
         load(path)
     assert "\n" not in str(error_info.value) and path in str(error_info.value)
+
+
+def test_a_file_in_the_archive_that_is_no_array_is_one_sentence(write):
+    path = write(train_labels=None)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("train_labels.npy", b"0,1,2")
+    with pytest.raises(UserError, match=r"plain arrays \(train_labels in it is none\)\.$"):
+        load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"PK\x03\x04 cut off", np.ones((4, 2))])

@@ -684,6 +684,14 @@ def repeat_line(out):
     (out / "clips.csv").write_text("\n".join([*lines, lines[-1]]))
 
 
+def change_lists(old, new):
+    def change(out):
+        text = (out / "clips.csv").read_text()
+        (out / "clips.csv").write_text(text.replace(old, new, 1))
+
+    return change
+
+
 FRAME, SOUND = "frames/9000_IEO_ANG_XX/0002.jpg", "audio/9000_IEO_ANG_XX.wav"
 
 
@@ -701,6 +709,8 @@ FRAME, SOUND = "frames/9000_IEO_ANG_XX/0002.jpg", "audio/9000_IEO_ANG_XX.wav"
         (write_counts, "counts"),
         (drop_validation, "no clip is for val"),
         (repeat_line, "an id is there twice"),
+        (change_lists(",8,2.0", ",999999999999,2.0"), "has 8 files"),
+        (change_lists(",8,2.0", ",8,nan"), "s, not nan"),
     ],
 )
 def test_check_finds_damage(damage, words, crema, refused):
@@ -710,9 +720,37 @@ def test_check_finds_damage(damage, words, crema, refused):
 
 def test_check_of_a_damaged_manifest_or_another_dataset(crema, refused):
     refused(["ave", "--check", "--out", crema], "holds no ave")
-    for text in ("", "{}", "[1]", '{"dataset": "crema-d"'):
+    whole = (crema / "manifest.json").read_text()
+    for text in (
+        "",
+        "{}",
+        "[1]",
+        '{"dataset": "crema-d"',
+        "[" * 10**5,
+        whole.replace('"NEU"', "[1]"),
+    ):
         (crema / "manifest.json").write_text(text)
         refused(["crema-d", "--check", "--out", crema], "damaged")
+    (crema / "manifest.json").write_text(whole)
+    for old, new in ((",5,8,", ",-1,8,"), ("9000", "9" * 200_000)):
+        change_lists(old, new)(crema)
+        refused(["crema-d", "--check", "--out", crema], "damaged")
+
+
+@needs_ffmpeg
+def test_links_in_a_prepared_folder_cost_the_user_nothing(crema, made, tmp_path):
+    own, frames = tmp_path / "own" / "0001.jpg", crema / "frames" / "9000_IEO_ANG_XX"
+    own.parent.mkdir()
+    own.write_text("mine")
+    (own.parent / "my.rows").touch()
+    shutil.rmtree(frames)
+    for link in (frames, crema / "cache"):
+        link.symlink_to(own.parent)
+    (crema / ".prepare" / "lock").unlink()
+    for name in ("clips.csv.part", ".prepare/lock"):
+        (crema / name).symlink_to(own)
+    assert run(*again(crema)) == 0 and own.read_text() == "mine"
+    assert len(list(own.parent.iterdir())) == 2 and not frames.is_symlink()
 
 
 @needs_ffmpeg
@@ -779,11 +817,15 @@ def test_damage_of_what_tells_the_finished_clips(crema, made, refused):
     for name, text in [
         *(("media.json", text) for text in ("", "[1]", '{"dataset": "crema-d"}')),
         *(("done.jsonl", text) for text in ("[1]\n", '{"id": "9000_IEO_SAD_XX"}\n')),
+        *((name, "[" * 10**5) for name in ("media.json", "done.jsonl")),
+        ("done.jsonl", '{"id": "x", "origin": [], "frames": 8, "seconds": 2.0, "notes": null}'),
     ]:
         before = (hidden / name).read_text()
         (hidden / name).write_text(text)
         refused(again(crema), f"{hidden / name} is damaged: delete it and")
         (hidden / name).write_text(before)
+    (hidden / "done.jsonl").write_text(before.replace('"frames": 8', '"frames": "8"'))
+    assert run(*again(crema)) == 0 and '"frames": 8' in (hidden / "done.jsonl").read_text()
     shutil.rmtree(hidden)
     refused(again(crema, "--short-side", 64), "was begun with short_side 32")
     assert run(*again(crema)) == 0 and read_tree(crema) == read_tree(made("crema-d", 6))
@@ -833,6 +875,8 @@ def test_disk_too_small_is_found_by_the_estimate(made, tmp_path, monkeypatch, re
         ("vggsound", None, "", "vggsound.csv"),
         ("vggsound", "vggsound.csv", "x,1,dog", "line 1: not of the form video,start"),
         ("vggsound", "vggsound.csv", "x,1,dog,validate", "line 1: not of the form"),
+        ("vggsound", "vggsound.csv", f"x,{'9' * 5000},dog,train", "line 1: not of the form"),
+        ("vggsound", "vggsound.csv", f"\n{'x' * 200_000},1,dog,train", "line 2: not of the form"),
         ("modelnet40", None, "", "no <class>/train"),
         ("modelnet40", "bed/train/bed_0001_001.png", "", "12 PNG views"),
     ],

@@ -384,6 +384,8 @@ def test_checkpoints_are_those_that_summary_and_history_speak_of(tmp_path):
         ({"method": "pmr", "seed": 1}, "method, seed"),
         ({"test": {"accuracy": math.nan}}, "test.accuracy"),
         ({"best": {}}, "best.test.accuracy"),
+        ({"test": {"accuracy": 10**400}}, "test.accuracy"),
+        ({"val": {"accuracy": 1.0, "gray": {"head": [1]}}}, "val"),
         ({"cpu_seconds": None, "parameters": "many"}, "cpu_seconds, parameters"),
     ],
 )
@@ -419,6 +421,13 @@ def test_damaged_history_and_predictions_of_a_finished_run_are_a_sentence(finish
         UserError, match=r"predictions\.npz cannot be read .*val_logits.*--method j"
     ):
         there.read_predictions("val_logits")
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read \(gap is missing\)"):
+        there.read_history("val.accuracy", "gap")
+    whole = dict(np.load(there.folder / "predictions.npz"))
+    for other in (whole["logits"][:3], whole["logits"].astype(">f4"), whole["label"]):
+        np.savez(there.folder / "predictions.npz", **whole | {"logits": other})
+        with pytest.raises(UserError, match=r"read \(logits is \S+ of shape .*, not \(17, 10\)\)"):
+            logits()
     readers = {"metrics.jsonl": there.read_history, "predictions.npz": logits}
     for name, reader in readers.items():
         path = there.folder / name
@@ -561,6 +570,17 @@ def test_json_is_strict_and_what_is_no_number_is_null(tmp_path):
     assert summary == there.summary == {"x": [None, [1.5, None]], "y": {"z": None}}
     (there.folder / "summary.json").write_text('{"x": NaN, "y": 1e999}')  # by another program
     assert storage.read_json(there.folder / "summary.json") == {"x": None, "y": None}
+    storage.write_text(there.folder / "config.json", "half a character: \ud800")
+    assert (there.folder / "config.json").read_text() == "half a character: ?"
+
+
+def test_errors_of_the_toy_study_under_words_of_another_kind_are_a_sentence(tmp_path):
+    path, names = tmp_path / "errors.json", ("set", "seed")
+    for word in (["A"], {}, None):
+        record = {"arguments": {"heads": 4}, "runs": [{"set": word, "seed": 0, "test": 1.0}]}
+        storage.write_json(path, record)
+        with pytest.raises(UserError, match=r"errors\.json is of another version .*--overwrite"):
+            storage.read_runs(path, {"heads": 4}, names, ["test"])
 
 
 @pytest.mark.parametrize(

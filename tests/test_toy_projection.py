@@ -219,7 +219,8 @@ def test_regions_keep_the_third_coordinate_at_its_mean():
 
 
 def test_mistakes_are_named(capsys):
-    sentences = {"--heads 1": "number at least 2, not '1'", "--epochs 0": "at least 1, not '0'"}
+    sentences = {f"--heads {k}": f"at least 2 and at most 180, not '{k}'" for k in (1, 181)}
+    sentences |= {"--epochs 0": "at least 1, not '0'"}
     sentences |= {f"--{k} none": "invalid choice: 'none'" for k in ("dataset", "method", "regime")}
     for words, sentence in sentences.items():
         with pytest.raises(SystemExit, match="2"):

@@ -116,6 +116,8 @@ def load_mnist(root, train):
         mnist = torchvision.datasets.MNIST(root, train=train, download=bool(missing))
         if not len(mnist.data) == len(mnist.targets) == count:
             raise ValueError(f"{len(mnist.data)} images and {len(mnist.targets)} labels")
+        if mnist.data.shape[1:] != (28, 28) or mnist.targets.max() > 9:
+            raise ValueError("not digits of 28x28 pixels with labels from 0 to 9")
     except Exception as error:  # torchvision's reader raises nearly anything on damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if missing:

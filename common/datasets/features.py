@@ -93,7 +93,11 @@ def read(path):
             size = sum(member.file_size for member in arrays.zip.infolist())
             if size > max(1e9, MAX_PACKED * Path(path).stat().st_size):
                 raise ValueError(f"it unpacks to {size:,} bytes; if that is right, use np.savez")
-            return dict(arrays)
+            found = dict(arrays)
+        for name, x in found.items():
+            if not isinstance(x, np.ndarray):  # numpy gives the bytes of any other file in the .zip
+                raise ValueError(f"{name} in it is none")
+        return found
     except Exception as error:  # a file of another kind has many ways to fail
         raise UserError(f"{path} is not a .npz file of plain arrays ({error}).") from error
 
@@ -114,7 +118,8 @@ def read_split(arrays, split, modalities, path):
     for m in modalities:
         x = array(f"{split}_{m}")
         width = arrays[f"train_{m}"].shape[1:]
-        if x.dtype.kind not in "fiu" or x.ndim != 2 or x.shape != (len(labels), *width):
+        shape = (len(labels), *width)
+        if x.dtype.kind not in "fiu" or x.ndim != 2 or x.shape != shape or x.size == 0:
             raise UserError(
                 f"{split}_{m} in {path} must be numbers of shape ({len(labels)}, D), a row for "
                 f"each label and as wide as train_{m}; it is {x.dtype} of shape {x.shape}."

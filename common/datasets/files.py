@@ -140,7 +140,7 @@ class DiskRows:
             with open_own(self.path) as file:
                 file.seek(start)
                 whole = file.readinto(found.view(np.uint8)) == self.layout.itemsize
-                if not whole or found["tag"] == 0:
+                if not whole or not 0 < found["tag"] < np.inf:
                     found["tag"], found["values"] = compute()
                     for name in ("values", "tag"):
                         content = found[name].tobytes()
