@@ -32,16 +32,17 @@ def check_checkpoint(checkpoint, arguments, epochs):
     to_json(history)
     if not math.isfinite(checkpoint["seconds"] + checkpoint["cpu_seconds"]):
         raise ValueError("its times are no numbers")
-    if has_nan(checkpoint["state"]):
-        raise ValueError("it holds NaN")
+    state = checkpoint["state"]
+    if has(torch.isnan, state) or has(torch.isinf, state.get("model")):
+        raise ValueError("it holds NaN or infinite weights")
 
 
-def has_nan(state):
-    """Whether there is a NaN in the tensors of nested dicts and lists."""
+def has(test, state):
+    """Whether `test` is true of a number in the tensors of nested dicts and lists."""
     if isinstance(state, torch.Tensor):
-        return bool(state.isnan().any())
+        return bool(test(state).any())
     parts = state.values() if isinstance(state, dict) else state
-    return isinstance(state, (dict, list, tuple)) and any(map(has_nan, parts))
+    return isinstance(state, (dict, list, tuple)) and any(has(test, part) for part in parts)
 
 
 def check_summary(summary, arguments):

@@ -334,8 +334,8 @@ class Command:
         config.arguments |= {knob: getattr(config, knob) for knob in knobs}
         config.defaults, config.sizes = self.defaults, self.splits.sizes
         config.needs = [self.config(m, seed) for m in self.needs(method)]
-        for needed in config.needs:  # its turn was before: it is read now, and not replaced
-            needed.overwrite = False
+        for needed in config.needs:  # its turn was before: it is finished, only read, or refused
+            needed.overwrite = needed.resume = False
         return config
 
     def report(self, summaries, columns, digits=None):

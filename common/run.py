@@ -132,6 +132,11 @@ class Run:
         """
         make_folder(self.folder)
         hold(self.folder)
+        there = [(self.folder / name).exists() for name in ("config.json", "summary.json")]
+        if not self.config.overwrite and there != [self.opened, False]:
+            raise UserError(
+                f"Another process has trained in {self.folder} meanwhile; run the command again."
+            )
         files = [self.folder / name for name in self.FILES]
         for path in files:
             if path.is_dir():

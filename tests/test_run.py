@@ -240,6 +240,24 @@ def test_a_run_folder_is_one_processs_until_it_is_killed(unfinished, trained):
     assert folder_of(unfinished) not in lock.HELD
 
 
+@pytest.mark.parametrize(
+    ("kind", "resume"), [("tmp_path", False), ("tmp_path", True), ("unfinished", True)]
+)
+def test_what_another_process_ended_since_the_start_is_kept(request, trained, kind, resume):
+    out, make_folder = request.getfixturevalue(kind), run.make_folder
+
+    def late(folder):
+        shutil.copytree(trained, out, dirs_exist_ok=True)
+        make_folder(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_folder", late)
+        with pytest.raises(UserError, match=r"Another process has trained in .* meanwhile; run"):
+            train(out, resume=resume)
+    for name in FILES:
+        assert (folder_of(out) / name).read_bytes() == (folder_of(trained) / name).read_bytes()
+
+
 def test_overwrite_cut_short_is_not_taken_for_a_run(finished, trained, monkeypatch):
     unlink, removed = Path.unlink, []
 
@@ -349,6 +367,7 @@ CRAFTED = {
     "another configuration": spoil(lambda x: x["arguments"].update(seed=1)),
     "of another conf": spoil(lambda x: x["arguments"].update(method="pmr")),
     "holds NaN": spoil(lambda x: next(iter(x["state"]["model"].values())).fill_(math.nan)),
+    "or infinite": spoil(lambda x: next(iter(x["state"]["model"].values())).fill_(math.inf)),
 }
 
 

@@ -408,6 +408,11 @@ def test_damaged_files_are_named_and_a_damaged_teacher_does_not_cost_the_student
             run("--method", method, "--overwrite")
     assert snapshot(folder_of(tmp_path, "umt")) == student
     run("--method", ALONE[1], "--overwrite")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="unfinished run"):
+        summary = folder_of(tmp_path, ALONE[1]) / "summary.json"  # it is trained anew meanwhile
+        patch.setattr(umt, "train", lambda *_: summary.unlink())
+        run("--method", "ume", "--overwrite")
+    run("--method", ALONE[1], "--resume")
     run("--method", "umt", "ume", "--overwrite")
     (folder_of(tmp_path, "ume") / "predictions.npz").write_bytes(b"half")
     with pytest.raises(UserError, match=r"ume-.*predictions\.npz cannot be read .*--overwrite"):
