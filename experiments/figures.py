@@ -61,7 +61,7 @@ def draw_scatter(title, rows, x, y):
     rows = [row for row in rows if row[x] and row[y]]
     figure = Figure(figsize=(8, 6), layout="constrained")
     axis = figure.subplots()
-    axis.margins(x=0.2)
+    axis.margins(x=0.2, y=0.3)  # room for names
     networks = list(dict.fromkeys(row["network"] for row in rows))
     names = []
     for row in rows:
