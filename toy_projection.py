@@ -33,8 +33,8 @@ from common.datasets import split_folds
 from common.device import environment, pick_device
 from common.errors import UserError
 from common.flags import number
+from common.naming import join_name
 from common.optimizer import build_optimizer
-from common.run import join_name
 from common.seeding import derive_seed, make_generator
 from common.storage import make_folder, read_runs, write_json
 from common.tables import format_text, tabulate

@@ -45,9 +45,10 @@ from common.evaluation import (
 )
 from common.flags import SIZE
 from common.metrics import count_parameters, linear_probe
+from common.naming import changed_knobs, join_name
 from common.networks.multimodal import build_model
 from common.optimizer import build_optimizer
-from common.run import Run, changed_knobs, join_name
+from common.run import Run
 from common.storage import make_folder, write_json
 
 # isort: split
@@ -325,8 +326,7 @@ def report(command):
         print("Plain joint training is better there than all that it was compared with.")
     if not args.eval_only:
         config = command.config("auto", args.seeds[0])
-        knobs = changed_knobs(config.arguments, config.defaults)
-        name = join_name("auto", args.fusion, *knobs)
+        name = join_name("auto", args.fusion, *changed_knobs(config.arguments, config.defaults))
         folder = Path(args.out) / SCRIPT.name / args.dataset / name
         make_folder(folder)
         arguments = config.arguments | {"seeds": args.seeds}

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import greedy_balance as greedy
-from common.command_line import parse_flags
 from common.datasets import TensorSplit
 from common.device import pick_device
 from common.evaluation import Totals, count_correct
 from common.optimizer import build_optimizer
+from common.parser import parse_flags
 from common.storage import write_json
 
 SHAPES = {"gray": (1, 28, 28), "color": (3, 28, 28)}

@@ -22,10 +22,11 @@ import greedy_balance
 import mhm
 import pmr
 import umt_ume
-from common.command_line import Command, as_flag, given_flags, run_command, shared_knobs
+from common.command_line import Command, run_command
 from common.device import environment
 from common.errors import UserError
-from common.run import changed_knobs, join_name
+from common.naming import changed_knobs, join_name
+from common.parser import as_flag, given_flags, shared_knobs
 from common.storage import make_folder, read_json, write_figure, write_json, write_text
 from common.tables import cell, format_text, lookup, made_up, spread
 

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from common.command_line import Command, given_flags, parse_flags, shared_knobs
+from common.command_line import Command
 from common.curves import draw_curves
 from common.errors import UserError
-from common.run import changed_knobs, join_name
+from common.naming import changed_knobs, join_name
+from common.parser import given_flags, parse_flags, shared_knobs
 from common.seeding import make_generator
 from common.storage import make_folder, write_figure, write_json, write_text
 from common.tables import format_text, lookup, made_up, spread, tabulate

@@ -22,13 +22,14 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 import pmr
-from common.command_line import Command, parse_flags, run_command
+from common.command_line import Command, run_command
 from common.datasets import DATASETS, clips, file_splits, load_dataset
 from common.datasets.clips import SPECTROGRAMS
 from common.datasets.file_splits import MEAN, STD
 from common.datasets.files import DiskRows, center_box, crop_box, cut, read_image, resize
 from common.errors import UserError
 from common.networks.encoders import ResNet18, build_encoder
+from common.parser import parse_flags
 from common.seeding import make_generator
 
 SMALL = {"image_size": 32, "spectrogram": "ogm-ge"}

@@ -23,11 +23,11 @@ import mhm
 import pmr
 import toy_projection
 import umt_ume
-from common import command_line, device, optimizer, progress
+from common import command_line, device, optimizer, parser, progress
 from common.command_line import Command, Script, run_command
 from common.datasets import DATASETS
 from common.errors import UserError
-from common.run import run_name
+from common.naming import run_name
 from common.tables import describe
 from common.terminal import INTERRUPTED
 
@@ -132,7 +132,7 @@ def test_words_and_a_dict_of_settings_give_the_same(no_data):
     words = "--dataset av-digits --lr 0.25 --method a b a --seeds 1 0 1 --knob 3 --overwrite"
     settings = {"dataset": "av-digits", "lr": 0.25, "method": ["a", "b", "a"], "seeds": [1, 0, 1]}
     settings |= {"knob": 3.0, "overwrite": True}
-    assert command_line.given_flags(OWN, words.split()) == settings
+    assert parser.given_flags(OWN, words.split()) == settings
     first, second = Command(OWN, words.split()), Command(OWN, settings)
     assert vars(first.args) == vars(second.args)
     assert first.args.seeds == [1, 0] and first.methods == ["a", "b"]  # twice is still once

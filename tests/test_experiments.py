@@ -10,9 +10,9 @@ from conftest import ROOT
 
 import pmr
 import umt_ume
-from common.command_line import parse_flags
 from common.curves import draw_curves
 from common.errors import UserError
+from common.parser import parse_flags
 from common.tables import format_text, spread, tabulate
 from experiments import figures, grid, pages
 from experiments.grid import Experiment, Grid

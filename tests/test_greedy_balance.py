@@ -28,7 +28,8 @@ from common.curves import draw_curves
 from common.datasets import DATASETS, TensorSplit
 from common.errors import UserError
 from common.metrics import linear_probe, macro_f1
-from common.run import Run, run_name
+from common.naming import run_name
+from common.run import Run
 from common.seeding import make_generator, seed_phase
 from common.tables import lookup, spread
 from experiments import greedy_balance as experiments

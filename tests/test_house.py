@@ -14,12 +14,12 @@ BUDGETS |= {"toy_projection": 400, "baselines": 400}
 FLOORS = [  # nothing imports upward
     {"experiments", "examples", "data", "benchmarks"},
     {*BUDGETS},
-    {"common.command_line", "common.run"},
+    {"common.command_line", "common.parser", "common.run"},
     {"common.evaluation", "common.tasks"},
     {"common.networks", "common.datasets", "common.metrics"},
     {f"common.{x}" for x in ("device", "storage", "seeding", "errors", "flags", "optimizer")}
     | {"common", "common.tables", "common.curves", "common.progress", "common.checks"}
-    | {"common.lock", "common.terminal"},
+    | {"common.lock", "common.terminal", "common.naming"},
 ]
 PLACES = (
     "*.py",

@@ -18,9 +18,10 @@ import mhm
 import pmr
 import umt_ume
 from common import evaluation
-from common.command_line import Command, dataset_of
+from common.command_line import Command
 from common.datasets import DATASETS
 from common.networks.encoders import ENCODERS
+from common.parser import dataset_of
 from experiments import compare, grid, pages
 from experiments import toy_projection as toy_experiments
 
