@@ -338,7 +338,7 @@ def test_killed_in_either_phase_or_between_them_and_resumed_is_the_same(run, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("epochs", "lr"), [("5", "0.1"), ("6", "0.02")])
+@pytest.mark.parametrize(("epochs", "lr"), [("5", "0.1"), ("6", "0.07")])
 def test_what_is_reported_follows_from_the_checkpoints(run, tmp_path, monkeypatch, epochs, lr):
     """Last in the middle of a cycle, with the head trained last, and at its end, with the best;
     best in another epoch, with another head."""
