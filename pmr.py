@@ -212,9 +212,7 @@ def train(run, model, splits, config):
     optimizer = build_optimizer(model.parameters(), config)
     means = None
     for epoch in run.epochs({"model": model, "prototypes": prototypes, "optimizer": optimizer}):
-        if (
-            prototypes and means is None
-        ):  # of the start; at a resume those of the epoch before, once more
+        if prototypes and means is None:  # at the start, and once more after a --resume
             source = model if epoch else settled(model, subset, config)
             means = subset_means(source, subset, config)
         for m in prototypes:
